@@ -30,6 +30,14 @@ class StorageError(CvdistError):
     exit_code = 82
 
 
+class NotFoundError(StorageError):
+    """A file or directory is not there."""
+
+
+class AlreadyExistsError(StorageError):
+    """A target is there already, and nobody asked to overwrite it."""
+
+
 class CheckpointError(CvdistError):
     """A checkpoint is damaged, missing, or belongs to another model."""
 

@@ -1,0 +1,419 @@
+"""Every setting of cvdist: frozen dataclasses, parsed from the command line and YAML, resolved once into steps.
+
+Configurations speak of epochs and the global batch; code speaks of steps and the per-rank batch. `resolve` converts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from cvdist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cvdist.shards import Manifest
+
+T = TypeVar("T")
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """How raw images become a data set.
+
+    Attributes:
+        source_url: Class folders, with or without train/validation/test above them.
+        target_url: Where the data set is written; it must not hold another one.
+        image_size: Pixels of the shorter side (resize=short) or of both sides (resize=exact). Smaller sources are enlarged.
+        resize: short keeps the aspect ratio; exact makes squares.
+        channels: 3 stores RGB, 1 stores grey.
+        codec: jpeg (baseline 4:2:0 with restart markers) or raw uint8 pixels.
+        quality: JPEG quality, 1 to 100.
+        split: Shares of a source without split folders, as name=share pairs that sum to 1.
+        shard_bytes: Size aimed at for one Parquet file.
+        row_group_bytes: Size aimed at for one Parquet row group, the unit of reading.
+        seed: Of the global shuffle and of the split.
+        max_bad_fraction: More undecodable inputs than this share of all end the job without a data set.
+    """
+
+    source_url: str
+    target_url: str
+    image_size: int = 224
+    resize: Literal["short", "exact"] = "short"
+    channels: Literal[1, 3] = 3
+    codec: Literal["jpeg", "raw"] = "jpeg"
+    quality: int = 90
+    split: str = "train=0.8,val=0.1,test=0.1"
+    shard_bytes: int = 64 * MIB
+    row_group_bytes: int = MIB
+    seed: int = 0
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuses values that no data set can be made with."""
+        require_range("image_size", self.image_size, 8, 8192)
+        require_range("quality", self.quality, 1, 100)
+        require_range("shard_bytes", self.shard_bytes, 64 * 1024, 16 * 1024 * MIB)
+        require_range("row_group_bytes", self.row_group_bytes, 16 * 1024, self.shard_bytes)
+        require_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        self.split_shares()
+
+    def split_shares(self) -> dict[str, float]:
+        """Returns the shares of `split` by canonical split name.
+
+        Raises:
+            ConfigError: The text is not name=share pairs, or the shares do not sum to 1.
+        """
+        pairs = re.findall(r"(?:^|,)(train|val|validation|test)=([0-9.]+)(?=,|$)", self.split)
+        shares = {canonical_split(name): float(share) for name, share in pairs}
+        if len(shares) != self.split.count(",") + 1 or abs(sum(shares.values()) - 1) > 1e-6:
+            raise ConfigError(
+                f"split: {self.split!r} is not a list of shares; expected name=share pairs of train, val, test that sum to 1;"
+                " use for example train=0.8,val=0.1,test=0.1"
+            )
+        return {name: share for name, share in shares.items() if share > 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How shards are read.
+
+    Attributes:
+        threads: Decoding threads of each rank; by default the cores of the node over its ranks.
+        prefetch_batches: Decoded batches held ready.
+        readahead_bytes: Compressed bytes of row groups held ahead of decoding.
+        num_lanes: Upper limit of the strands that the global order is woven from; the order does not depend on ranks.
+        remainder: pad gives the last batch of an epoch weightless samples; drop leaves its samples out, and says so.
+    """
+
+    threads: int | None = None
+    prefetch_batches: int = 4
+    readahead_bytes: int = 64 * MIB
+    num_lanes: int = 64
+    remainder: Literal["pad", "drop"] = "pad"
+
+    def __post_init__(self) -> None:
+        """Refuses values that no loader can work with."""
+        require_range("loader.threads", 1 if self.threads is None else self.threads, 1, 1024)
+        require_range("loader.prefetch_batches", self.prefetch_batches, 1, 1024)
+        require_range("loader.num_lanes", self.num_lanes, 1, 1 << 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images; everything is off unless asked for.
+
+    Attributes:
+        flip: Mirror half of the images horizontally.
+        crop_scale_min: Smallest share of the image's area that a random crop keeps; 1 is off. Source: Szegedy 2015, section 6.
+        crop_ratio_max: Widest aspect ratio of a random crop; its inverse is the narrowest.
+        rotation_deg: Largest rotation to either side, degrees.
+        shift: Largest shift, as a share of the side.
+        shear: Largest shear, as horizontal displacement per height.
+        zoom: Largest relative zoom; 0.2 draws from 0.8 to 1.2.
+        brightness: Largest relative change of brightness.
+        contrast: Largest relative change of contrast.
+        saturation: Largest relative change of saturation.
+    """
+
+    flip: bool = False
+    crop_scale_min: float = 1.0
+    crop_ratio_max: float = 4 / 3
+    rotation_deg: float = 0.0
+    shift: float = 0.0
+    shear: float = 0.0
+    zoom: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses values outside their ranges."""
+        require_range("augment.crop_scale_min", self.crop_scale_min, 0.01, 1.0)
+        require_range("augment.crop_ratio_max", self.crop_ratio_max, 1.0, 10.0)
+        require_range("augment.rotation_deg", self.rotation_deg, 0.0, 180.0)
+        for name in ("shift", "shear", "zoom", "brightness", "contrast", "saturation"):
+            require_range(f"augment.{name}", getattr(self, name), 0.0, 0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate.
+
+    Attributes:
+        name: Which optimizer.
+        lr: Peak learning rate at this run's global batch. Give lr or base_lr, not both; without either, sgd takes
+            base_lr 0.1 and the others lr 0.001.
+        base_lr: Peak learning rate at a global batch of 256, scaled to this run's. Source: Goyal 2017, section 2.1.
+        scaling: How base_lr grows with the global batch.
+        schedule: Shape of the learning rate after the warm-up.
+        warmup_epochs: Epochs of linear growth from zero; by default 5 % of all epochs. Source: Goyal 2017, section 2.2.
+        momentum: Of sgd and rmsprop.
+        weight_decay: Decoupled decay of kernels, applied to neither biases nor normalisations.
+        clip_norm: Largest global norm of the gradient; 0 is off.
+    """
+
+    name: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    lr: float | None = None
+    base_lr: float | None = None
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    warmup_epochs: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses values outside their ranges."""
+        if self.lr is not None and self.base_lr is not None:
+            raise ConfigError(
+                f"optim: lr {self.lr} and base_lr {self.base_lr} are both set; expected one of them;"
+                " drop base_lr to fix the rate at this global batch, or lr to scale it"
+            )
+        require_range("optim.lr", 1e-3 if self.lr is None else self.lr, 0.0, 100.0)
+        require_range("optim.base_lr", 0.1 if self.base_lr is None else self.base_lr, 0.0, 100.0)
+        require_range("optim.warmup_epochs", self.warmup_epochs or 0.0, 0.0, 1e6)
+        require_range("optim.momentum", self.momentum, 0.0, 1.0)
+        require_range("optim.weight_decay", self.weight_decay, 0.0, 1.0)
+        require_range("optim.clip_norm", self.clip_norm, 0.0, 1e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """When and on what the model is evaluated while it trains.
+
+    Attributes:
+        split: Which split; by default val where the data set has one, else none.
+        every_epochs: Evaluate after every so many epochs, and after the last one; 0 is never.
+    """
+
+    split: str | None = None
+    every_epochs: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay.
+
+    Attributes:
+        every_epochs: Save after every so many epochs; the end of the run is always saved.
+        every_steps: Save after every so many steps as well; 0 is never.
+        keep: How many of the newest stay; never fewer than two.
+    """
+
+    every_epochs: int = 1
+    every_steps: int = 0
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuses to keep fewer than two."""
+        require_range("checkpoint.keep", self.keep, 2, 1 << 20)
+        require_range("checkpoint.every_epochs", self.every_epochs, 1, 1 << 30)
+        require_range("checkpoint.every_steps", self.every_steps, 0, 1 << 30)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        data: URL of a prepared data set (file:///path or hdfs://host:port/path).
+        model: Name of the network; `cvdist models` lists them.
+        epochs: Passes over the training split.
+        global_batch: Samples of one optimizer step on all ranks together.
+        run: URL of the folder that receives the configuration, metrics and checkpoints.
+        image_size: Height and width of the model's input, pixels; by default the data set's.
+        seed: Of the weights, the order and the augmentation.
+        precision: float32, or bfloat16 computation with float32 weights.
+        resume: Go on from the newest good checkpoint of the run.
+        train_split: Which split is trained on.
+        max_steps: End the run after so many steps; 0 is no limit.
+        log_every_steps: Steps between two lines of metrics.
+        check_sync_every_steps: Steps between two comparisons of the weights of all ranks; 0 compares at step one only.
+        loader: How shards are read.
+        augment: Random changes of training images.
+        optim: Optimizer and learning rate.
+        evaluate: When and on what the model is evaluated.
+        checkpoint: When checkpoints are written.
+    """
+
+    data: str
+    model: str
+    epochs: int
+    global_batch: int
+    run: str
+    image_size: int | None = None
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    resume: bool = False
+    train_split: str = "train"
+    max_steps: int = 0
+    log_every_steps: int = 10
+    check_sync_every_steps: int = 100
+    loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run can be made with."""
+        require_range("epochs", self.epochs, 1, 1 << 20)
+        require_range("global_batch", self.global_batch, 1, 1 << 24)
+        require_range("image_size", 224 if self.image_size is None else self.image_size, 8, 8192)
+        require_range("log_every_steps", self.log_every_steps, 1, 1 << 30)
+        require_range("check_sync_every_steps", self.check_sync_every_steps, 0, 1 << 30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A configuration in steps and per-rank numbers, for one data set and one number of ranks."""
+
+    image_size: int
+    channels: int
+    num_classes: int
+    num_samples: int
+    eval_split: str | None
+    world_size: int
+    per_rank_batch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    lr: float
+    dropped_per_epoch: int
+    padded_per_epoch: int
+
+
+def resolve(config: TrainConfig, manifest: Manifest, world_size: int) -> Resolved:
+    """Converts epochs and the global batch into steps and per-rank numbers, once.
+
+    Raises:
+        ConfigError: The global batch does not divide over the ranks, or the split cannot feed them.
+    """
+    batch, splits = config.global_batch, sorted(manifest.splits)
+    train_split = canonical_split(config.train_split)
+    eval_split = canonical_split(config.evaluate.split) if config.evaluate.split else ("val" if "val" in splits else None)
+    for name, split in (("train_split", train_split), ("evaluate.split", eval_split)):
+        if split is not None and split not in splits:
+            raise ConfigError(f"{name}: {split!r} is not in the data set {config.data}; expected one of {', '.join(splits)}")
+    rows = manifest.splits[train_split].num_rows
+    if rows < world_size:
+        raise ConfigError(
+            f"data: split {train_split!r} of {config.data} holds {rows} samples for {world_size} ranks;"
+            f" expected at least one sample for each rank; use at most -np {rows}"
+        )
+    if batch % world_size:
+        lower, upper = batch // world_size * world_size, -(-batch // world_size) * world_size
+        raise ConfigError(
+            f"global_batch: {batch} does not divide over {world_size} ranks; use {f'{lower} or ' if lower else ''}{upper}"
+        )
+    drop = config.loader.remainder == "drop"
+    if drop and rows < batch:
+        raise ConfigError(
+            f"global_batch: {batch} is more than the {rows} samples of split {train_split!r} and loader.remainder is drop;"
+            f" use a global_batch of at most {rows}, or loader.remainder pad"
+        )
+    steps_per_epoch = rows // batch if drop else -(-rows // batch)
+    total_steps = steps_per_epoch * config.epochs
+    warmup_epochs = 0.05 * config.epochs if config.optim.warmup_epochs is None else config.optim.warmup_epochs
+    return Resolved(
+        image_size=config.image_size or manifest.image.image_size,
+        channels=manifest.image.channels,
+        num_classes=len(manifest.classes),
+        num_samples=rows,
+        eval_split=eval_split if config.evaluate.every_epochs else None,
+        world_size=world_size,
+        per_rank_batch=batch // world_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=min(round(warmup_epochs * steps_per_epoch), total_steps),
+        lr=scaled_lr(config.optim, batch),
+        dropped_per_epoch=rows - steps_per_epoch * batch if drop else 0,
+        padded_per_epoch=0 if drop else steps_per_epoch * batch - rows,
+    )
+
+
+def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
+    """Returns the peak learning rate at `global_batch`. Source: Goyal 2017, section 2.1 (linear)."""
+    if optim.lr is not None:
+        return optim.lr
+    if optim.base_lr is None and optim.name != "sgd":
+        return 1e-3
+    base_lr = 0.1 if optim.base_lr is None else optim.base_lr
+    ratio = global_batch / 256
+    return base_lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[optim.scaling]
+
+
+def canonical_split(name: str) -> str:
+    """Returns the one name of a split: validation is val."""
+    return "val" if name == "validation" else name
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name}: {value} is out of range; expected {low} to {high}; change it to a value in that range")
+
+
+def parse(kind: type[T], argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> T:
+    """Parses a command line, and the YAML file that --config names, into a dataclass of this module.
+
+    Args:
+        kind: The dataclass.
+        argv: Arguments without the program's name.
+        prog: The program's name in its help.
+        positional: Fields that are given by position instead of by option.
+
+    Raises:
+        ConfigError: An argument is unknown (the nearest known one is named), missing, or of the wrong type.
+        SystemExit: --help or --print_config was asked for.
+    """
+    description = (kind.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=description)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; options after it win.")
+    for name in positional:
+        parser.add_argument(name, type=str)
+    parser.add_class_arguments(kind, None, skip=set(positional))
+    try:
+        namespace = parser.instantiate_classes(parser.parse_args(complete_switches(kind, argv)))
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error), parser)) from None
+    return kind(**{field.name: namespace[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def complete_switches(kind: type, argv: list[str]) -> list[str]:
+    """Lets a bare switch such as --resume mean --resume true."""
+    switches = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
+    switches |= {f"--augment.{name}" for name, hint in get_type_hints(AugmentConfig).items() if hint is bool}
+    following = [*argv[1:], "--"]
+    return [f"{arg}=true" if arg in switches and after.startswith("-") else arg for arg, after in zip(argv, following, strict=True)]
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """Turns a message of the parser into one line: what was found, what was expected, how to fix it."""
+    line = " ".join(message.split())
+    known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    unknown = re.search(r"[Uu]nrecognized arguments: --?([\w.]+)|Option '([\w.]+)' is not accepted", line)
+    nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
+    if unknown or nested:
+        found = ".".join(nested.groups()) if nested else next(group for group in unknown.groups() if group)  # type: ignore[union-attr]
+        close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+        return f"{found}: no such setting; {f'did you mean {close[0]}' if close else 'run with --help for the list'}?"
+    wrong = re.search(r'[Pp]arser key "([\w.]+)": (.*)', line)
+    if wrong:
+        return f"{wrong.group(1)}: {wrong.group(2)}; correct the value"
+    missing = re.search(r"arguments are required: (.*)", line)
+    if missing:
+        names = [name.strip(" -") for name in missing.group(1).split(",")]
+        return f"not given: {', '.join(names)}; expected a value for each; add {' '.join(f'--{n} VALUE' for n in names)}"
+    return line
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """Returns a dataclass of this module as plain values, for YAML and JSON."""
+    return dataclasses.asdict(config)
