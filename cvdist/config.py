@@ -417,3 +417,17 @@ def explain(message: str, parser: ArgumentParser) -> str:
 def dump(config: Any) -> dict[str, Any]:
     """Returns a dataclass of this module as plain values, for YAML and JSON."""
     return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """Builds a dataclass of this module of what `dump` returned.
+
+    Raises:
+        ConfigError: A key is unknown or missing, as in a file of another version.
+    """
+    hints = get_type_hints(kind)
+    try:
+        nested = {key: from_dict(hints[key], value, where) if isinstance(value, dict) else value for key, value in values.items()}
+        return kind(**nested)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where} does not fit this version of cvdist ({error}); use the version that wrote it") from None

@@ -48,3 +48,9 @@ class SyncError(CvdistError):
     """Ranks that should be identical are not, or another rank failed."""
 
     exit_code = 84
+
+
+class NonFiniteError(CvdistError):
+    """The loss is not a number."""
+
+    exit_code = 87

@@ -1,0 +1,268 @@
+"""The command line: the only place that prints and exits.
+
+cvdist train | evaluate | show | models
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cvdist import __version__, errors
+from cvdist.config import Resolved, TrainConfig, parse, resolve
+from cvdist.errors import CvdistError
+
+if TYPE_CHECKING:
+    from cvdist.comm import World
+    from cvdist.metrics import Meter
+    from cvdist.shards import Manifest
+
+PROGRESS_EVERY_S = 10.0
+USAGE = """usage: cvdist VERB ... (cvdist VERB --help lists the settings of a verb)
+
+  cvdist train --data URL --model NAME --epochs E --global_batch B --run URL   train; the same as python -m cvdist.train
+  cvdist evaluate RUN_URL [--split test] [--json]                              exact top-1, top-5 and loss of a run
+  cvdist show CONFIG.yaml [--size N]                                           what a configuration means on N ranks
+  cvdist models                                                                names for --model
+  cvdist --version"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `cvdist VERB ...` and returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    verbs: dict[str, Callable[[list[str]], None]] = {"train": run_train, "evaluate": run_evaluate, "show": run_show, "models": run_models}
+    if argv[:1] == ["--version"]:
+        say(f"cvdist {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        say(USAGE)
+        return 0
+    if argv[0] not in verbs:
+        say(f"cvdist: {argv[0]!r} is no verb; expected one of {', '.join(verbs)}; run cvdist --help", error=True)
+        return errors.ConfigError.exit_code
+    return guard(verbs[argv[0]], argv[1:])
+
+
+def guard(program: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs a program; an error that a user can cause becomes one line on stderr and its exit code."""
+    try:
+        program(argv)
+    except SystemExit as leave:  # --help
+        return leave.code if isinstance(leave.code, int) else 1
+    except KeyboardInterrupt:
+        say("cvdist: interrupted", error=True)
+        return 130
+    except CvdistError as error:
+        say(f"cvdist: {type(error).__name__}: {error}", error=True)
+        return error.exit_code
+    except Exception as error:  # the other of the two broad catches of the design
+        # An executor's error reaches the driver as text inside of an error of Spark's own.
+        inner = re.search(r"cvdist\.errors\.(\w+): (.*)", str(error))
+        kind = getattr(errors, inner.group(1), None) if inner else None
+        if inner is None or kind is None:
+            traceback.print_exc()
+            return 1
+        say(f"cvdist: {inner.group(1)}: {inner.group(2)}", error=True)
+        return int(kind.exit_code)
+    return 0
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Prints lines."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def run_train(argv: list[str]) -> None:
+    """`cvdist train`, python -m cvdist.train."""
+    config = parse(TrainConfig, argv, prog="cvdist train")
+    load_tensorflow()
+    from cvdist import comm, train
+
+    world = comm.init()
+    comm.configure_devices(world)
+    train.train(config, world, Reporter(world))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """Evaluates the newest checkpoint of a run on a split, every sample once.
+
+    Attributes:
+        run: URL of the run.
+        split: Which split of its data set.
+        data: URL of another data set with the same classes; by default the run's.
+        global_batch: Samples read at a time on all ranks; by default the run's.
+        json: Print one line of JSON.
+    """
+
+    run: str
+    split: str = "test"
+    data: str | None = None
+    global_batch: int | None = None
+    json: bool = False
+
+
+def run_evaluate(argv: list[str]) -> None:
+    """`cvdist evaluate RUN_URL`."""
+    arguments = parse(EvaluateArguments, argv, prog="cvdist evaluate", positional=("run",))
+    load_tensorflow()
+    from cvdist import comm
+    from cvdist.evaluate import evaluate_run
+
+    world = comm.init()
+    comm.configure_devices(world)
+    report = Reporter(world)
+    result = evaluate_run(
+        arguments.run,
+        split=arguments.split,
+        world=world,
+        report=lambda line: say(line, error=True),
+        data_url=arguments.data,
+        global_batch=arguments.global_batch,
+    )
+    if world.rank == 0:
+        report.say(json.dumps(result) if arguments.json else evaluation_line(result))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowArguments:
+    """Prints what a configuration means on a number of ranks, without any of them.
+
+    Attributes:
+        file: YAML file of settings, or - for none.
+        size: Number of ranks.
+    """
+
+    file: str
+    size: int = 1
+
+
+def run_show(argv: list[str]) -> None:
+    """`cvdist show CONFIG.yaml --size N [--any.setting value]`."""
+    own = [index for index, arg in enumerate(argv) if arg.split("=")[0] == "--size"]
+    size_args = [value for index in own for value in argv[index : index + (1 if "=" in argv[index] else 2)]]
+    rest = [arg for arg in argv if arg not in size_args]
+    arguments = parse(ShowArguments, [*rest[:1], *size_args], prog="cvdist show", positional=("file",))
+    config = parse(TrainConfig, ["--config", arguments.file, *rest[1:]], prog="cvdist show")
+    from cvdist import storage
+    from cvdist.shards import read_manifest
+
+    plan = resolve(config, read_manifest(storage.check_url(config.data, "data")), arguments.size)
+    say(resolved_block(config, plan))
+
+
+def run_models(argv: list[str]) -> None:
+    """`cvdist models`."""
+    from cvdist.models import list_models
+
+    del argv
+    say("\n".join(list_models()))
+
+
+def load_tensorflow() -> None:
+    """Imports TensorFlow without the start-up notices that no setting of its own keeps off the screen; anything else is shown."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as notices:
+        os.dup2(notices.fileno(), 2)
+        try:
+            import keras  # noqa: F401
+            import tensorflow as tf
+
+            tf.config.list_physical_devices()
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+            notices.seek(0)
+            lines = notices.read().decode(errors="replace").splitlines()
+            for line in lines:
+                if not re.match(r"WARNING: All log messages before absl|[IWE]0000 .*(port|cudart_stub|cuda_platform)\.cc", line):
+                    say(line, error=True)
+
+
+class Reporter:
+    """What a run tells its user: rank zero alone speaks. In a terminal a line of progress moves, elsewhere one comes every 10 s."""
+
+    def __init__(self, world: World) -> None:
+        """Speaks for `world`."""
+        self._speaks, self._live = world.rank == 0, sys.stdout.isatty()
+        self._last_s = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Prints lines, on rank zero."""
+        if self._speaks:
+            say(f"\r\x1b[K{text}" if self._live else text)
+
+    def show_run(self, config: TrainConfig, plan: Resolved, parameters: dict[str, int], done_steps: int) -> None:
+        """Prints what is about to happen."""
+        self.say(resolved_block(config, plan))
+        self.say(f"  parameters        {parameters['num_parameters']:,} ({parameters['num_trainable']:,} trainable)")
+        if done_steps:
+            self.say(f"  goes on after     step {done_steps} of {plan.total_steps}")
+
+    def step(self, step: int, last_step: int, loss: float, meter: Meter) -> None:
+        """Shows progress."""
+        line = f"step {step}/{last_step}  loss {loss:.4f}  {meter.images_per_s():,.0f} images/s  data wait {meter.wait_share():.0%}"
+        now_s = time.monotonic()
+        if self._speaks and self._live:
+            sys.stdout.write(f"\r\x1b[K{line}")
+            sys.stdout.flush()
+        elif now_s - self._last_s >= PROGRESS_EVERY_S or step == last_step:
+            self._last_s = now_s
+            self.say(line)
+
+    def evaluation(self, step: int, result: dict[str, Any]) -> None:
+        """Shows an evaluation."""
+        self.say(f"step {step}: {evaluation_line(result)}")
+
+    def end(self, config: TrainConfig, step: int) -> None:
+        """Says where everything is."""
+        self.say(f"done after step {step}: {config.run} holds checkpoints, metrics.jsonl, result.json and final.weights.h5")
+
+
+def evaluation_line(result: dict[str, Any]) -> str:
+    """Puts an evaluation into words; fractions are percent here only."""
+    rates = f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}"
+    return f"{result['split']}: {rates}  ({result['samples']} samples)"
+
+
+def resolved_block(config: TrainConfig, plan: Resolved) -> str:
+    """Returns what a configuration means, in steps and per-rank numbers."""
+    remainder = f"{plan.dropped_per_epoch} dropped" if plan.dropped_per_epoch else f"{plan.padded_per_epoch} padded"
+    rows = {
+        "data": f"{config.data} ({plan.num_samples:,} samples in {config.train_split}, {plan.num_classes} classes)",
+        "model": f"{config.model}, {plan.image_size} x {plan.image_size} x {plan.channels}, {config.precision}",
+        "ranks": f"{plan.world_size} x {plan.per_rank_batch} samples = global batch {config.global_batch}",
+        "steps": f"{plan.total_steps:,} = {config.epochs} epochs x {plan.steps_per_epoch:,} ({remainder} in each epoch)",
+        "learning rate": f"{plan.lr:.4g} {config.optim.schedule} after {plan.warmup_steps} steps of warm-up ({config.optim.name})",
+        "evaluation": f"{plan.eval_split} every {config.evaluate.every_epochs} epochs" if plan.eval_split else "none",
+        "run": config.run,
+    }
+    return "\n".join(f"  {name:<17} {value}" for name, value in rows.items())
+
+
+def show_data_set(url: str, manifest: Manifest) -> None:
+    """Prints what a data set holds."""
+    spec = manifest.image
+    say(f"{url}: {manifest.num_rows:,} samples, {len(manifest.classes)} classes, {spec.codec}, {spec.resize} side {spec.image_size} px")
+    for name, split in manifest.splits.items():
+        shard_bytes = sum(shard.num_bytes for shard in split.shards)
+        say(f"  {name:<6} {split.num_rows:>10,} samples in {len(split.shards)} shards, {shard_bytes / 1e6:,.1f} MB")
+    say(
+        f"  {manifest.num_inputs:,} inputs = {manifest.num_rows:,} samples + {manifest.num_quarantined} quarantined"
+        f" + {manifest.num_skipped} skipped (no images by name)"
+    )
+    if manifest.num_quarantined:
+        say(f"  reasons in {url}/quarantine.parquet")

@@ -1,0 +1,470 @@
+"""The only door to Horovod: the world of ranks, gradient averages under Keras 3, and the proof that ranks are in sync.
+
+Horovod 0.28.1's own DistributedOptimizer trains under Keras 3 without ever averaging; this module is the glue that
+cvdist owns. In a world of size 1 every function here is free, and Horovod is never imported. What ranks tell each other
+travels as bytes and is never unpickled.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from cvdist import errors
+from cvdist.errors import ConfigError, CvdistError, SyncError
+
+T = TypeVar("T")
+
+# Seconds that a rank's Gloo waits for a peer that has stopped answering; a frozen rank ends the others in about twice that.
+GLOO_TIMEOUT_S = 20
+# Seconds between the end of the launcher and the end of a rank that does not heed SIGTERM; saving takes less.
+ORPHAN_GRACE_S = 30.0
+BROADCAST_BYTES = 64 << 20
+MESSAGE_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Who this process is among the ranks of a job.
+
+    Attributes:
+        rank: Of this process, 0 to size - 1.
+        size: Number of ranks.
+        local_rank: Of this process among those on its node.
+        local_size: Number of ranks on this node.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def alone(cls) -> World:
+        """Returns the world of one process."""
+        return cls(rank=0, size=1, local_rank=0, local_size=1)
+
+
+def init() -> World:
+    """Joins the ranks that `horovodrun` started; without a launcher, and with one rank, there is nothing to join.
+
+    Sets HOROVOD_GLOO_TIMEOUT_SECONDS unless it is set.
+
+    Raises:
+        ConfigError: The launcher's variables make no sense, or there are several ranks and Horovod is not installed.
+        SyncError: The ranks did not find each other.
+    """
+    size = _launched("HOROVOD_SIZE", 1)
+    foreign = os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))
+    if "HOROVOD_SIZE" not in os.environ and foreign != "1":
+        raise ConfigError(
+            f"this process is one of {foreign} that an MPI launcher started; expected horovodrun, without which each of"
+            f" them would train alone; start it as: horovodrun -np {foreign} python -m cvdist.train ..."
+        )
+    world = World(
+        rank=_launched("HOROVOD_RANK", 0),
+        size=size,
+        local_rank=_launched("HOROVOD_LOCAL_RANK", 0),
+        local_size=_launched("HOROVOD_LOCAL_SIZE", 1),
+    )
+    if not (0 <= world.rank < size and 0 <= world.local_rank < world.local_size <= size):
+        raise ConfigError(
+            f"the launcher's variables say {world}; expected ranks below their sizes; start it with horovodrun -np N"
+        )
+    if size == 1:
+        return world
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(GLOO_TIMEOUT_S))
+    end_with_launcher()
+    hvd = _horovod(world)
+    with _collective(f"rank {world.rank} of {size} could not join the others"):
+        hvd.init()
+    joined = World(rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size())
+    if joined != world:
+        raise SyncError(
+            f"Horovod says {joined}; expected {world} as the launcher set it; start all ranks with one horovodrun"
+        )
+    return world
+
+
+def configure_devices(world: World) -> None:
+    """Gives this rank its GPU, or its share of the node's cores. Call it before TensorFlow has run anything.
+
+    Raises:
+        ConfigError: There are GPUs, but fewer than ranks on this node.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus and world.local_rank >= len(gpus):
+        raise ConfigError(
+            f"local rank {world.local_rank} has no GPU: this node has {len(gpus)} for {world.local_size} ranks; expected one"
+            f" for each; start at most {len(gpus)} ranks on this node, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    if gpus:
+        tf.config.set_visible_devices(gpus[world.local_rank], "GPU")
+        tf.config.experimental.set_memory_growth(gpus[world.local_rank], True)
+    if world.local_size > 1:
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def DistributedOptimizer(optimizer: T, world: World) -> T:  # noqa: N802 - the name that Horovod's users look for
+    """Makes a Keras 3 optimizer average the gradients over all ranks before it does anything with them.
+
+    The optimizer itself is changed and returned: its class, settings, exclusions and variables stay as they are, so a
+    saved model knows nothing of ranks, and loads where neither cvdist nor Horovod is installed. Clipping, weight decay
+    and loss scaling come after the average. For float16 give it the LossScaleOptimizer, not the one inside. Compile models
+    with jit_compile=False.
+
+    Build the optimizer, then `broadcast` all variables, before the first step.
+    """
+    if world.size > 1:
+        optimizer.apply = types.MethodType(_apply_averaged, optimizer)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def broadcast(variables: Sequence[Any], world: World, root: int = 0) -> None:
+    """Gives all ranks the root's values, bit for bit, whatever the data types.
+
+    Args:
+        variables: Keras variables, the same on all ranks in the same order.
+        world: The ranks.
+        root: Whose values.
+
+    Raises:
+        SyncError: The ranks hold variables of different names, shapes or types.
+    """
+    if world.size == 1:
+        return
+    layout = [_identity(variable) for variable in variables]
+    layouts = gather_bytes("\n".join(layout).encode(), world)
+    for rank, theirs in enumerate(layouts):
+        if theirs != layouts[root]:
+            lines, expected = theirs.decode().split("\n"), layouts[root].decode().split("\n")
+            index = next((i for i, pair in enumerate(zip(lines, expected, strict=False)) if pair[0] != pair[1]), None)
+            found, wanted = (len(lines), len(expected)) if index is None else (lines[index], expected[index])
+            raise SyncError(
+                f"rank {rank} has other variables than rank {root}: {found} instead of {wanted}; expected the same model"
+                " and optimizer on all ranks, both built; give all ranks one configuration and one version of the code"
+            )
+    for bucket in _buckets(variables):
+        data = np.concatenate([_bytes_of(variable) for variable in bucket])
+        data = _broadcast_bytes(data, world, root)
+        if world.rank == root:
+            continue
+        start = 0
+        for variable in bucket:
+            value = _value(variable)
+            part = data[start : start + value.nbytes]
+            variable.assign(np.frombuffer(part.tobytes(), value.dtype).reshape(value.shape))
+            start += value.nbytes
+
+
+def allreduce_sum(values: npt.ArrayLike, world: World) -> np.ndarray[Any, Any]:
+    """Sums an array over all ranks in its own data type: int64 stays exact beyond 2**53, float64 is not cut to float32.
+
+    Args:
+        values: float64 or int64, of the same shape on all ranks.
+        world: The ranks.
+
+    Raises:
+        SyncError: The shapes differ, or a rank has ended.
+    """
+    array = np.asarray(values)
+    if array.dtype not in (np.dtype(np.float64), np.dtype(np.int64)):
+        raise TypeError(f"allreduce_sum takes float64 and int64, found {array.dtype}")
+    if world.size == 1 or not array.size:
+        return array.copy()
+    hvd = _horovod(world)
+    with _collective("a sum over all ranks failed"), _on_cpu():
+        # A shape of its own, because an array of no dimensions takes part in no reduction.
+        total = hvd.allreduce(array.reshape(-1), op=hvd.Sum, name=f"cvdist.sum.{array.dtype}.{array.size}")
+    return np.asarray(total.numpy()).reshape(array.shape)
+
+
+def average(variables: Sequence[Any], world: World) -> None:
+    """Gives floating-point Keras variables their average over all ranks: for moving statistics.
+
+    Raises:
+        SyncError: The ranks hold different variables, or a rank has ended.
+    """
+    if world.size == 1 or not variables:
+        return
+    values = [_value(variable) for variable in variables]
+    total = (
+        allreduce_sum(np.concatenate([value.astype(np.float64).reshape(-1) for value in values]), world) / world.size
+    )
+    parts = np.split(total, np.cumsum([value.size for value in values])[:-1])
+    for variable, value, part in zip(variables, values, parts, strict=True):
+        variable.assign(part.reshape(value.shape).astype(value.dtype))
+
+
+def gather_bytes(data: bytes, world: World) -> list[bytes]:
+    """Returns what each rank gave, in the order of ranks.
+
+    Raises:
+        SyncError: A rank has ended.
+    """
+    if world.size == 1:
+        return [data]
+    sizes = _gather(np.array([len(data)], np.int64), world, "cvdist.gather.sizes")
+    joined = _gather(np.frombuffer(data, np.uint8), world, "cvdist.gather.data").tobytes() if sizes.any() else b""
+    ends = np.cumsum(sizes)
+    return [joined[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+
+
+def barrier(world: World) -> None:
+    """Waits until every rank is here.
+
+    Raises:
+        SyncError: A rank has ended.
+    """
+    gather_bytes(b"", world)
+
+
+def all_ranks_ok(world: World, error: Exception | None) -> None:
+    """Makes the ranks fail together: every rank calls it, and where one has an error all of them raise.
+
+    Args:
+        world: The ranks.
+        error: What went wrong on this rank, if anything.
+
+    Raises:
+        Exception: `error` itself on a rank that has one; on the others a CvdistError of the same class (SyncError where
+            it is none of ours) that names the first failing rank and repeats its message.
+    """
+    report = {} if error is None else {"kind": type(error).__name__, "text": str(error)[:MESSAGE_BYTES]}
+    reports = gather_bytes(json.dumps(report).encode() if report else b"", world)
+    if error is not None:
+        raise error
+    failed = [rank for rank, line in enumerate(reports) if line]
+    if failed:
+        theirs = json.loads(reports[failed[0]])
+        kind = getattr(errors, theirs["kind"], None)
+        ours = isinstance(kind, type) and issubclass(kind, CvdistError)
+        text = theirs["text"] if ours else f"{theirs['kind']}: {theirs['text']}"
+        others = f" (and {len(failed) - 1} more)" if failed[1:] else ""
+        raise_as: type[CvdistError] = kind if ours and kind else SyncError
+        raise raise_as(f"rank {failed[0]}{others} failed: {text}")
+
+
+def fingerprint(variables: Sequence[Any]) -> bytes:
+    """Returns 16 bytes that change when any name, shape, data type or bit of the variables does (XXH3-128)."""
+    digest = xxhash.xxh3_128()
+    for variable in variables:
+        digest.update(_identity(variable).encode())
+        digest.update(_bytes_of(variable).data)
+    return digest.digest()
+
+
+def check_in_sync(variables: Sequence[Any], world: World, step: int) -> None:
+    """Compares the variables of all ranks, bit for bit.
+
+    Args:
+        variables: Keras variables of the model and the optimizer.
+        world: The ranks.
+        step: The current one, for the message.
+
+    Raises:
+        SyncError: Some differ. Raised on every rank; it names the ranks that differ from most (from rank zero where there
+            is no majority) and the first variable that does.
+    """
+    if world.size == 1:
+        return
+    digests = gather_bytes(fingerprint(variables), world)
+    if len(set(digests)) == 1:
+        return
+    (digest, count), *_ = collections.Counter(digests).most_common()
+    usual = digests.index(digest) if count > world.size / 2 else 0
+    differing = [rank for rank in range(world.size) if digests[rank] != digests[usual]]
+    single = gather_bytes(json.dumps([[_identity(v), fingerprint([v]).hex()] for v in variables]).encode(), world)
+    theirs, reference = json.loads(single[differing[0]]), json.loads(single[usual])
+    pairs = zip(theirs, reference, strict=False)
+    place = next(
+        (found[0] for found, expected in pairs if found != expected),
+        f"their number, {len(theirs)} and {len(reference)}",
+    )
+    ranks = f"rank {differing[0]} differs" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))} differ"
+    raise SyncError(
+        f"step {step}: {ranks} from rank {usual}, first in {place}; expected bit-identical weights on all {world.size}"
+        " ranks; resume from the last checkpoint, and if it comes back look for code that depends on the rank, or for a"
+        " failing machine"
+    )
+
+
+def end_with_launcher() -> None:
+    """Sends this rank SIGTERM when its `horovodrun` ends in any way, kill -9 included, and later SIGKILL.
+
+    Without a `horovodrun` above this process (ranks on other nodes are started by ssh) its direct parent is watched.
+    """
+    watched = _launchers()
+    if watched:
+        threading.Thread(target=_watch, args=(watched,), name="cvdist-launcher", daemon=True).start()
+
+
+def _watch(pidfds: list[int]) -> None:
+    """Waits for the end of any of the processes and then ends this one."""
+    poll = select.poll()
+    for pidfd in pidfds:
+        poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    with contextlib.suppress(OSError):  # whoever read our output may be gone too
+        sys.stderr.write("cvdist: the launcher of this rank has ended, so does the rank\n")
+        sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _launchers() -> list[int]:
+    """Opens the processes from this one's parent up to `horovodrun`; only the parent where there is none."""
+    pids: list[int] = []
+    num_watched, pid = 1, os.getppid()
+    while pid > 1:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            break
+        pids.append(pid)
+        if command[1:2] and (
+            os.path.basename(command[1]) == b"horovodrun" or command[1:3] == [b"-m", b"horovod.runner.launch"]
+        ):
+            num_watched = len(pids)
+        pid = int(stat.rpartition(b")")[2].split()[1])
+    pidfds = []
+    for pid in pids[:num_watched]:
+        with contextlib.suppress(OSError):  # it has ended meanwhile; its children are ended by those still watched
+            pidfds.append(os.pidfd_open(pid))
+    return pidfds
+
+
+def _launched(name: str, default: int) -> int:
+    """Returns a number that the launcher set."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{name}: {text!r} is not a number; expected what horovodrun sets; unset it or start with horovodrun"
+        )
+    return int(text)
+
+
+def _horovod(world: World) -> Any:
+    """Imports Horovod."""
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise ConfigError(
+            f"Horovod cannot be imported ({error}); expected it for a world of {world.size} ranks; build it with: make"
+            " setup"
+        ) from error
+    return hvd
+
+
+def _on_cpu() -> Any:
+    """Keeps what is small, or must be exact, away from GPUs."""
+    import tensorflow as tf
+
+    return tf.device("/cpu:0")
+
+
+@contextlib.contextmanager
+def _collective(what: str) -> Iterator[None]:
+    """Turns the errors of a collective into ours."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())[:MESSAGE_BYTES]
+        raise SyncError(
+            f"{what}: {line}; expected all ranks to take part; look at the first error of the other ranks, one has"
+            " probably ended"
+        ) from error
+
+
+def _apply_averaged(self: Any, grads: Any, trainable_variables: Any = None) -> None:
+    """Replaces an optimizer's `apply`: averages, then does what its class does."""
+    type(self).apply(self, _average(list(grads)), trainable_variables)
+
+
+def _average(grads: list[Any]) -> list[Any]:
+    """Averages gradients over all ranks in one fused reduction; None stays None."""
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    if type(tf.compat.v1.get_default_graph()).__name__ == "CondBranchFuncGraph":
+        raise ConfigError(
+            "gradients are averaged inside a condition, where one rank's overflow would leave the others waiting for ever;"
+            " expected the average outside; use DistributedOptimizer(LossScaleOptimizer(optimizer), world)"
+        )
+    averaged = [None if grad is None else tf.convert_to_tensor(grad) for grad in grads]  # IndexedSlices become dense
+    groups = collections.defaultdict(list)
+    for index, grad in enumerate(averaged):
+        if grad is not None:
+            # Horovod knows no bfloat16, and a sum of float16 may overflow.
+            groups[tf.float64 if grad.dtype == tf.float64 else tf.float32].append(index)
+    for dtype, indices in groups.items():
+        means = hvd.grouped_allreduce([tf.cast(averaged[index], dtype) for index in indices], op=hvd.Average)
+        for index, mean in zip(indices, means, strict=True):
+            averaged[index] = tf.cast(mean, averaged[index].dtype)
+    return averaged
+
+
+def _gather(array: np.ndarray[Any, Any], world: World, name: str) -> np.ndarray[Any, Any]:
+    """Joins one-dimensional arrays of all ranks, in the order of ranks."""
+    hvd = _horovod(world)
+    with _collective("an exchange between all ranks failed"), _on_cpu():
+        return np.asarray(hvd.allgather(array, name=name).numpy())
+
+
+def _broadcast_bytes(data: np.ndarray[Any, Any], world: World, root: int) -> np.ndarray[Any, Any]:
+    """Returns the root's bytes; all ranks give as many."""
+    hvd = _horovod(world)
+    with _collective(f"the broadcast from rank {root} failed"), _on_cpu():
+        return np.asarray(hvd.broadcast(data, root_rank=root, name="cvdist.broadcast").numpy())
+
+
+def _buckets(variables: Sequence[Any]) -> Iterator[list[Any]]:
+    """Groups variables so that few collectives move many, and none moves more than it must hold."""
+    bucket: list[Any] = []
+    num_bytes = 0
+    for variable in variables:
+        size = _value(variable).nbytes
+        if bucket and num_bytes + size > BROADCAST_BYTES:
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(variable)
+        num_bytes += size
+    if bucket:
+        yield bucket
+
+
+def _value(variable: Any) -> np.ndarray[Any, Any]:
+    """Copies a Keras variable to the host."""
+    return np.asarray(variable.value.numpy())
+
+
+def _bytes_of(variable: Any) -> np.ndarray[Any, Any]:
+    """Returns the bits of a Keras variable, "uint8 (bytes,)"."""
+    return np.ascontiguousarray(_value(variable)).reshape(-1).view(np.uint8)
+
+
+def _identity(variable: Any) -> str:
+    """Names a variable, its shape and data type."""
+    return f"{variable.path} {variable.dtype} {tuple(variable.shape)}"

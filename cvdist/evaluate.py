@@ -1,0 +1,138 @@
+"""Exact evaluation: every sample of a split once, on any number of ranks; sums are reduced and divided once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from cvdist import checkpoint, comm, metrics, storage
+from cvdist.comm import World
+from cvdist.config import LoaderConfig, TrainConfig, canonical_split, from_dict
+from cvdist.errors import ConfigError, CvdistError, DataError, NotFoundError
+from cvdist.loader import Loader
+from cvdist.models import create_model
+from cvdist.shards import Manifest, read_manifest
+
+CONFIG_NAME = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a model on one split, as often as asked.
+
+    Attributes:
+        data_url: The data set.
+        manifest: Its manifest.
+        split: Which split.
+        image_size: Height and width of the model's input, pixels.
+        global_batch: Samples read at a time on all ranks.
+        loader: How shards are read.
+        world: This rank among how many.
+    """
+
+    data_url: str
+    manifest: Manifest
+    split: str
+    image_size: int
+    global_batch: int
+    loader: LoaderConfig
+    world: World
+
+    def run(self, logits_of: Any) -> metrics.Sums:
+        """Returns the sums over the whole split, equal on every rank.
+
+        Args:
+            logits_of: Maps uint8 images (N, H, W, C) to float32 logits (N, K), a tensor.
+
+        Raises:
+            DataError: The split could not be read, or fewer samples were counted than the manifest names.
+        """
+        loader = Loader(
+            self.data_url,
+            self.manifest,
+            self.split,
+            world=self.world,
+            global_batch=self.global_batch,
+            image_size=self.image_size,
+            config=dataclasses.replace(self.loader, remainder="pad"),
+        )
+        sums = metrics.Sums.zeros(len(self.manifest.classes))
+        for batch in loader.batches():
+            sums += metrics.batch_sums(batch.labels, batch.weights, np.asarray(logits_of(batch.images)))
+        total = metrics.Sums.from_vector(comm.allreduce_sum(sums.to_vector(), self.world))
+        expected = self.manifest.splits[self.split].num_rows
+        if total.samples != expected:
+            raise DataError(
+                f"{self.data_url}: {total.samples} samples of split {self.split!r} were counted; expected {expected}; run prepare again"
+            )
+        return total
+
+
+def evaluate_run(
+    run_url: str,
+    *,
+    split: str,
+    world: World,
+    report: Any,
+    data_url: str | None = None,
+    global_batch: int | None = None,
+) -> dict[str, Any]:
+    """Evaluates the newest good checkpoint of a run on a split, on all ranks.
+
+    Args:
+        run_url: The run.
+        split: Which split of the data set.
+        world: This rank among how many.
+        report: Receives lines about damaged checkpoints that were passed over.
+        data_url: Another data set with the same classes; by default the run's.
+        global_batch: Samples read at a time on all ranks; by default the run's, made divisible.
+
+    Returns:
+        split, samples, top1, top5, loss.
+
+    Raises:
+        CheckpointError: The run has no good checkpoint.
+        ConfigError: There is no such run or split.
+    """
+    failure = None
+    try:
+        config = read_config(storage.check_url(run_url, "run"))
+        data_url = storage.check_url(data_url or config.data, "data")
+        manifest = read_manifest(data_url)
+        split = canonical_split(split)
+        if split not in manifest.splits:
+            raise ConfigError(f"split: {split!r} is not in {data_url}; expected one of {', '.join(manifest.splits)}; correct --split")
+        saved = checkpoint.require_latest(run_url, report) if world.rank == 0 else None
+        image_size = config.image_size or manifest.image.image_size
+        shape = (image_size, image_size, manifest.image.channels)
+        model = create_model(config.model, input_shape=shape, num_classes=len(manifest.classes), precision=config.precision)
+        if saved is not None:
+            checkpoint.restore(saved, model, model_name=config.model)
+    except CvdistError as error:
+        failure = error
+    comm.all_ranks_ok(world, failure)
+    comm.broadcast(model.variables, world)
+    logits_model = keras.Model(model.input, model.get_layer("logits").output)
+    per_rank_batch = max(1, (global_batch or config.global_batch) // world.size)
+    evaluator = Evaluator(data_url, manifest, split, image_size, per_rank_batch * world.size, config.loader, world)
+    sums = evaluator.run(tf.function(lambda images: logits_model(images, training=False), jit_compile=False))
+    return {"split": split, **sums.result()}
+
+
+def read_config(run_url: str) -> TrainConfig:
+    """Reads the configuration of a run.
+
+    Raises:
+        ConfigError: There is no run at this URL.
+    """
+    url = storage.join(run_url, CONFIG_NAME)
+    try:
+        text = storage.read_text(url)
+    except NotFoundError:
+        raise ConfigError(f"run: {url} does not exist; expected the folder of a training run; correct the URL") from None
+    return from_dict(TrainConfig, json.loads(text), url)

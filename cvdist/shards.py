@@ -1,0 +1,290 @@
+"""The format: Parquet shards of stored images and the manifest that makes them a data set.
+
+A data set is the folder of a `manifest.json` that verifies; every shard is named in it with rows, bytes and sha256. The folder of
+each split is a Petastorm data set as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import pickle
+import posixpath
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from cvdist import storage
+from cvdist.errors import DataError
+from cvdist.images import ImageSpec
+
+FORMAT = "cvdist"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MIN_GROUP_ROWS = 16
+MAX_GROUP_ROWS = 4096
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("image_xxh3", pa.int64(), nullable=False),
+        pa.field("source_sha256", pa.string(), nullable=False),
+    ]
+)
+COMPRESSION = {"image": "NONE", "key": "ZSTD", "source_sha256": "ZSTD"} | dict.fromkeys(("label", "height", "width", "image_xxh3"), "NONE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sample as it is stored."""
+
+    key: str
+    label: int
+    image: bytes
+    height: int
+    width: int
+    source_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One Parquet file: its path below the data set, its size, its hash, and the rows and bytes of each row group."""
+
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    row_group_rows: tuple[int, ...]
+    row_group_bytes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A part of the data set: its shards in order and how many samples each class has."""
+
+    shards: tuple[Shard, ...]
+    class_rows: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.num_rows for shard in self.shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The data set: nothing outside it belongs to it.
+
+    Attributes:
+        classes: Class names; a label is an index into them.
+        image: How images are stored.
+        splits: By name: train, val, test.
+        num_inputs: Files listed; rows + quarantined + skipped.
+        num_quarantined: Images that could not be stored; quarantine.parquet says why.
+        num_skipped: Files that are no images by their names.
+        digest: sha256 of the listing and the settings that the rows are a function of.
+        settings: The settings of the preparation, for people.
+    """
+
+    classes: tuple[str, ...]
+    image: ImageSpec
+    splits: dict[str, Split]
+    num_inputs: int
+    num_quarantined: int
+    num_skipped: int
+    digest: str
+    settings: dict[str, Any]
+
+    @property
+    def num_rows(self) -> int:
+        """Samples in all splits."""
+        return sum(split.num_rows for split in self.splits.values())
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Returns the JSON of a manifest, its own sha256 included."""
+    body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
+    return json.dumps({**body, "sha256": body_sha256(body)}, indent=1).encode()
+
+
+def body_sha256(body: dict[str, Any]) -> str:
+    """Hashes a manifest's content, independent of white space."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(url: str, manifest: Manifest) -> None:
+    """Makes the folder `url` a data set. To be called last, when every shard is in place."""
+    storage.write_bytes(storage.join(url, MANIFEST_NAME), manifest_bytes(manifest), overwrite=False)
+
+
+def read_manifest(url: str) -> Manifest:
+    """Reads and verifies the manifest of the data set at `url`.
+
+    Raises:
+        DataError: There is no manifest, or it is damaged or of another format.
+        StorageError: The file system did not answer.
+    """
+    manifest_url = storage.join(url, MANIFEST_NAME)
+    try:
+        data = storage.read_bytes(manifest_url)
+    except storage.NotFoundError:
+        raise DataError(
+            f"{manifest_url} does not exist; expected a prepared data set; correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}"
+        ) from None
+    try:
+        body = json.loads(data)
+        found, version = body.pop("sha256"), body.pop("version")
+        if body.pop("format") != FORMAT or version != VERSION:
+            raise DataError(f"{manifest_url} is of format version {version}; expected {FORMAT} {VERSION}; prepare it again")
+        if found != body_sha256({"format": FORMAT, "version": version, **body}):
+            raise ValueError("its sha256 does not match")
+        return parse_manifest(body)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{manifest_url} is damaged ({error}); expected the file that prepare wrote; restore or prepare it again") from None
+
+
+def parse_manifest(body: dict[str, Any]) -> Manifest:
+    """Builds a Manifest of its verified JSON."""
+    splits = {}
+    for name, split in body.pop("splits").items():
+        shards = tuple(
+            Shard(**{key: tuple(value) if isinstance(value, list) else value for key, value in shard.items()}) for shard in split["shards"]
+        )
+        splits[name] = Split(shards, tuple(split["class_rows"]))
+    return Manifest(classes=tuple(body.pop("classes")), image=ImageSpec(**body.pop("image")), splits=splits, **body)
+
+
+class ShardWriter:
+    """Writes rows as one Parquet file into a binary stream, cutting row groups by bytes.
+
+    Deterministic: the same rows give the same bytes with the same version of pyarrow.
+    """
+
+    def __init__(self, stream: BinaryIO, row_group_bytes: int) -> None:
+        """Starts a file on `stream`, which the caller opens and closes."""
+        self._stream = HashingStream(stream)
+        self._metadata: list[pq.FileMetaData] = []
+        self._writer = pq.ParquetWriter(
+            pa.PythonFile(self._stream, mode="w"),
+            SCHEMA,
+            compression=COMPRESSION,
+            use_dictionary=False,
+            write_statistics=False,
+            store_schema=False,
+            metadata_collector=self._metadata,
+        )
+        self._row_group_bytes = row_group_bytes
+        self._rows: list[Row] = []
+        self._pending_bytes = 0
+
+    def add(self, row: Row) -> None:
+        """Adds one sample."""
+        self._rows.append(row)
+        self._pending_bytes += len(row.image)
+        full = self._pending_bytes >= self._row_group_bytes and len(self._rows) >= MIN_GROUP_ROWS
+        if full or len(self._rows) == MAX_GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = self._rows
+        if not rows:
+            return
+        hashes = np.array([xxhash.xxh3_64_intdigest(row.image) for row in rows], dtype=np.uint64).view(np.int64)
+        columns = [
+            pa.array([row.key for row in rows], pa.string()),
+            pa.array([row.label for row in rows], pa.int32()),
+            pa.array([row.image for row in rows], pa.binary()),
+            pa.array([row.height for row in rows], pa.int32()),
+            pa.array([row.width for row in rows], pa.int32()),
+            pa.array(hashes, pa.int64()),
+            pa.array([row.source_sha256 for row in rows], pa.string()),
+        ]
+        self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(rows))
+        self._rows, self._pending_bytes = [], 0
+
+    def close(self, path: str) -> Shard:
+        """Writes what is pending and the footer; returns the entry of the manifest."""
+        self._flush()
+        self._writer.close()
+        metadata = self._metadata[0]
+        return Shard(
+            path=path,
+            num_rows=metadata.num_rows,
+            num_bytes=self._stream.num_bytes,
+            sha256=self._stream.sha256.hexdigest(),
+            row_group_rows=tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)),
+            row_group_bytes=row_group_stretches(metadata, self._stream.num_bytes),
+        )
+
+
+def row_group_stretches(metadata: Any, num_bytes: int) -> tuple[int, ...]:
+    """Returns the bytes from the start of each row group to the next one's, or to the footer."""
+    starts = [metadata.row_group(index).column(0).data_page_offset for index in range(metadata.num_row_groups)]
+    footer = num_bytes - 8 - metadata.serialized_size
+    return tuple(end - start for start, end in zip(starts, [*starts[1:], footer], strict=bool(starts)))
+
+
+class HashingStream(io.RawIOBase):
+    """Passes writes on while hashing and counting them."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Wraps a writable binary stream."""
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def writable(self) -> bool:
+        """True: this is for writing only."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Writes all of `data`."""
+        self._stream.write(data)
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.num_bytes
+
+
+def row_group_offsets(shard: Shard) -> list[int]:
+    """Returns where each row group of a shard begins: behind the 4 bytes of the magic, one after the other."""
+    return [int(offset) for offset in 4 + np.concatenate([[0], np.cumsum(shard.row_group_bytes[:-1], dtype=np.int64)])]
+
+
+def petastorm_metadata(shards: Sequence[Shard], codec: str) -> bytes | None:
+    """Returns the bytes of Petastorm's `_common_metadata` for the folder of a split, or None where Petastorm is not installed.
+
+    Source: Petastorm 0.13, etl/dataset_metadata.py: a pickled Unischema and the row groups per file, in the file's metadata.
+    """
+    try:
+        from petastorm.codecs import CompressedImageCodec, NdarrayCodec
+        from petastorm.unischema import Unischema, UnischemaField
+    except ImportError:
+        return None
+    image_codec = CompressedImageCodec("jpeg") if codec == "jpeg" else NdarrayCodec()
+    image = UnischemaField("image", np.uint8, (None, None, None), image_codec, False)
+    kinds = {"key": np.str_, "label": np.int32, "height": np.int32, "width": np.int32, "image_xxh3": np.int64, "source_sha256": np.str_}
+    fields = [image, *(UnischemaField(name, kind, (), None, False) for name, kind in kinds.items())]
+    groups = {posixpath.basename(shard.path): len(shard.row_group_rows) for shard in shards}
+    schema = SCHEMA.with_metadata(
+        {
+            b"dataset-toolkit.unischema.v1": pickle.dumps(Unischema("CvdistSchema", fields), protocol=2),
+            b"dataset-toolkit.num_row_groups_per_file.v1": json.dumps(groups).encode(),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_metadata(schema, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,293 @@
+"""The training loop, top to bottom: plan, read, augment, step, compare, evaluate, save. Alone and under horovodrun alike.
+
+python -m cvdist.train --data URL --model NAME --epochs E --global_batch B --run URL
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cvdist import storage
+from cvdist.config import Resolved, TrainConfig, dump, resolve
+from cvdist.errors import CheckpointError, ConfigError, CvdistError, NonFiniteError
+
+if TYPE_CHECKING:
+    from cvdist.checkpoint import Checkpoint
+    from cvdist.cli import Reporter
+    from cvdist.comm import World
+    from cvdist.loader import Batch, Loader
+    from cvdist.shards import Manifest
+
+# TensorFlow and what needs it are imported inside of functions: --help answers in 0.2 s.
+
+CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
+RESULT_NAME = "result.json"
+
+
+def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]:
+    """Trains a model as `config` says and returns the last evaluation, or an empty dict when there was none.
+
+    Raises:
+        CvdistError: Anything a user can cause; the ranks of a run fail together where they can.
+    """
+    import keras
+    import tensorflow as tf
+
+    from cvdist import augment, checkpoint, comm, metrics, models, optim
+    from cvdist.evaluate import Evaluator
+    from cvdist.loader import Loader
+    from cvdist.shards import read_manifest
+
+    # 1. Everything that can be wrong is checked on every rank, and all ranks fail together, before the first collective.
+    failure: CvdistError | None = None
+    try:
+        config = dataclasses.replace(config, data=storage.check_url(config.data, "data"), run=storage.check_url(config.run, "run"))
+        manifest = read_manifest(config.data)
+        plan = resolve(config, manifest, world.size)
+        shape = (plan.image_size, plan.image_size, plan.channels)
+        model = models.create_model(
+            config.model, input_shape=shape, num_classes=plan.num_classes, seed=config.seed, precision=config.precision
+        )
+        optimizer = comm.DistributedOptimizer(optim.make_optimizer(config.optim, plan.lr), world)
+        optimizer.build(model.trainable_variables)
+        start = open_run(config, manifest, report) if world.rank == 0 else None
+        if start is not None:
+            checkpoint.restore(start, model, optimizer, model_name=config.model)
+    except CvdistError as error:
+        failure = error
+    comm.all_ranks_ok(world, failure)
+    done_steps = int(comm.allreduce_sum([start.state.step if start else 0], world)[0])
+    variables = [*model.variables, *optimizer.variables]
+    comm.broadcast(variables, world)
+    report.show_run(config, plan, models.describe(model), done_steps)
+
+    # 2. One step. The mean is over the samples of the whole global batch that count, so padding changes nothing.
+    logits_model = keras.Model(model.input, model.get_layer("logits").output)
+    seeds = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
+    stored = [variable for variable in model.variables if not any(variable is seed for seed in seeds)]
+    moving = [variable for variable in model.non_trainable_variables if not any(variable is seed for seed in seeds)]
+    loss_of = (
+        keras.losses.BinaryCrossentropy(from_logits=True, reduction=None)
+        if plan.num_classes == 2
+        else keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)
+    )
+
+    @tf.function(jit_compile=False)
+    def train_step(images: Any, labels: Any, weights: Any, params: Any, divisor: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = logits_model(augment.apply(images, params), training=True)
+            losses = loss_of(labels[:, None], logits) * weights
+            loss = tf.reduce_sum(losses) / divisor
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return tf.reduce_sum(losses)
+
+    @tf.function(jit_compile=False)
+    def logits_of(images: Any) -> Any:
+        return logits_model(images, training=False)
+
+    loader = Loader(
+        config.data,
+        manifest,
+        config.train_split,
+        world=world,
+        global_batch=config.global_batch,
+        image_size=plan.image_size,
+        config=config.loader,
+        seed=config.seed,
+        augmentation=config.augment,
+    )
+    evaluator = (
+        Evaluator(config.data, manifest, plan.eval_split, plan.image_size, config.global_batch, config.loader, world)
+        if plan.eval_split
+        else None
+    )
+    history = History(config.run, done_steps if config.resume else 0, world)
+    saver = checkpoint.Checkpointer(config.run, keep=config.checkpoint.keep, report=report.say) if world.rank == 0 else None
+    if saver:
+        saver.remove_unfinished()
+    meter = metrics.Meter()
+    last_step = min(plan.total_steps, config.max_steps or plan.total_steps)
+    result: dict[str, Any] = {}
+    waiting: list[tuple[Any, int]] = []  # loss sums of this rank, and valid samples of all ranks, since the last line of metrics
+
+    # 3. The loop. `step` counts finished steps since the start of the run.
+    step = done_steps
+    with contextlib.closing(steps_of(loader, plan, done_steps, last_step)) as batches:
+        while step < last_step:
+            with meter.waiting():
+                batch = next(batches)
+            lr = optim.lr_at(
+                step,
+                peak=plan.lr,
+                warmup_steps=plan.warmup_steps,
+                total_steps=plan.total_steps,
+                schedule=config.optim.schedule,
+                steps_per_epoch=plan.steps_per_epoch,
+            )
+            optimizer.learning_rate.assign(lr)
+            for index, variable in enumerate(seeds):
+                variable.assign([(config.seed * world.size + world.rank) % 2**32, step * len(seeds) + index])
+            divisor = batch.num_valid / world.size
+            loss_sum = train_step(batch.images, batch.labels, batch.weights, batch.params, tf.constant(divisor, tf.float32))
+            step += 1
+            waiting.append((loss_sum, batch.num_valid))
+            meter.update(batch.num_valid)
+
+            ends_epoch = step % plan.steps_per_epoch == 0
+            ends = step == last_step
+            epochs_done = step // plan.steps_per_epoch
+            saves = (
+                ends
+                or (ends_epoch and epochs_done % config.checkpoint.every_epochs == 0)
+                or (config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0)
+            )
+            evaluates = evaluator and (ends or (ends_epoch and epochs_done % config.evaluate.every_epochs == 0))
+            due = config.check_sync_every_steps > 0 and step % config.check_sync_every_steps == 0
+            compares = due or saves or evaluates or step == done_steps + 1
+            if step % config.log_every_steps == 0 or saves:
+                sums = comm.allreduce_sum([float(value) for value, _ in waiting], world)
+                counts = [count for _, count in waiting]
+                waiting = []
+                loss = float(sums.sum() / sum(counts))
+                history.add(step=step, epoch=(step - 1) // plan.steps_per_epoch, loss=loss, lr=lr)
+                report.step(step, last_step, loss, meter)
+                require_finite(loss, step, lr)
+            if compares:
+                comm.average(moving, world)
+                comm.check_in_sync([*stored, *optimizer.variables], world, step)
+            if evaluates:
+                sums_of_split = evaluator.run(logits_of)
+                result = {"split": plan.eval_split, **sums_of_split.result()}
+                history.add(step=step, epoch=(step - 1) // plan.steps_per_epoch, evaluation=result)
+                report.evaluation(step, result)
+            if saves and saver:
+                history.write()
+                saver.save(model, optimizer, run_state(config, manifest, step, epochs_done))
+            if evaluates:
+                meter.restart()
+    # 4. The end: the last checkpoint is complete before the run says so.
+    failure = None
+    try:
+        if saver:
+            saver.close()
+            checkpoint.export_weights(model, storage.join(config.run, "final.weights.h5"))
+            if step > done_steps:
+                storage.write_bytes(storage.join(config.run, RESULT_NAME), json.dumps({"steps": step, **result}).encode(), overwrite=True)
+    except CvdistError as error:
+        failure = error
+    comm.all_ranks_ok(world, failure)
+    report.end(config, step)
+    return result
+
+
+def steps_of(loader: Loader, plan: Resolved, step: int, last_step: int) -> Iterator[Batch]:
+    """Yields the batches of all epochs, from `step` (counted since the start of the run) on."""
+    while step < last_step:
+        epoch, epoch_step = divmod(step, plan.steps_per_epoch)
+        yield from loader.batches(epoch, epoch_step)
+        step = (epoch + 1) * plan.steps_per_epoch
+
+
+def require_finite(loss: float, step: int, lr: float) -> None:
+    """Raises NonFiniteError for a loss that is no number; the checkpoints before it stay."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss is {loss} at step {step} (lr {lr:.3g}); expected a finite number;"
+            " lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm, and resume from the last checkpoint"
+        )
+
+
+def order_settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that decide which sample comes when: a resumed run must share them."""
+    return {
+        "train_split": config.train_split,
+        "global_batch": config.global_batch,
+        "seed": config.seed,
+        "loader.num_lanes": config.loader.num_lanes,
+        "loader.remainder": config.loader.remainder,
+    }
+
+
+def run_state(config: TrainConfig, manifest: Manifest, step: int, epochs_done: int) -> Any:
+    """Returns what a checkpoint says beside its variables."""
+    from cvdist.checkpoint import State
+
+    return State(
+        model=config.model,
+        epoch=epochs_done,
+        step=step,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        config_digest=hashlib.sha256(json.dumps(dump(config), sort_keys=True).encode()).hexdigest(),
+        data_digest=manifest.digest,
+        extra=order_settings(config),
+    )
+
+
+def open_run(config: TrainConfig, manifest: Manifest, report: Reporter) -> Checkpoint | None:
+    """Makes the folder of the run, on rank zero; returns the checkpoint to go on from, if any.
+
+    Raises:
+        ConfigError: The folder holds a run and resume was not asked for.
+        CheckpointError: The checkpoint is of a run with another data set or order.
+    """
+    from cvdist import checkpoint
+
+    config_url = storage.join(config.run, CONFIG_NAME)
+    start = None
+    if config.resume:
+        start = checkpoint.latest(config.run, report.say)
+        if start is None:
+            report.say(f"{config.run} holds no checkpoint yet; starting from the beginning")
+    elif storage.exists(storage.join(config.run, "checkpoints")):
+        raise ConfigError(f"run: {config.run} holds a run already; expected a new folder; use --resume to go on, or another --run URL")
+    if start is not None:
+        if start.state.data_digest != manifest.digest:
+            raise CheckpointError(
+                f"{start.url} was trained on another data set than {config.data}; expected the same; correct --data, or use another --run URL"
+            )
+        for name, value in order_settings(config).items():
+            if start.state.extra[name] != value:
+                raise CheckpointError(
+                    f"{start.url} was trained with {name} {start.state.extra[name]!r}; expected {value!r} as this run asks for;"
+                    f" use --{name} {start.state.extra[name]}, or another --run URL"
+                )
+    storage.write_bytes(config_url, json.dumps(dump(config), indent=1).encode(), overwrite=True)
+    return start
+
+
+class History:
+    """The lines of metrics.jsonl, held in memory and written as a whole with each checkpoint; on rank zero only."""
+
+    def __init__(self, run_url: str, done_steps: int, world: World) -> None:
+        """Goes on behind the lines of the first `done_steps` steps that the run has."""
+        self._url, self._active = storage.join(run_url, METRICS_NAME), world.rank == 0
+        self._lines: list[dict[str, Any]] = []
+        if self._active and done_steps and storage.exists(self._url):
+            lines = [json.loads(line) for line in storage.read_text(self._url).splitlines()]
+            self._lines = [line for line in lines if line["step"] <= done_steps]
+
+    def add(self, **line: Any) -> None:
+        """Adds one line."""
+        if self._active:
+            self._lines.append(line)
+
+    def write(self) -> None:
+        """Writes all lines."""
+        if self._active:
+            text = "".join(json.dumps(line) + "\n" for line in self._lines)
+            storage.write_text(self._url, text, overwrite=True)
+
+
+if __name__ == "__main__":
+    from cvdist import cli
+
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
