@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from cvdist import storage
+from cvdist import comm, storage
 from cvdist.errors import AlreadyExistsError, CheckpointError, NotFoundError, StorageError
 
 FORMAT = 1
@@ -99,11 +99,11 @@ class Checkpoint:
 def named_variables(model: Any, optimizer: Any = None) -> dict[str, Any]:
     """Returns the variables of a Keras model and its optimizer under names that every process gives them.
 
-    Keras numbers layers by a counter of the process (`dense_7`); these names carry the position in the model instead.
+    In place of Keras's numbers (see `comm.stable_path`) they carry the position in the model.
     """
     groups = {"model": model.variables, "optimizer": [] if optimizer is None else optimizer.variables}
     return {
-        f"{group}/{index:04d}/{re.sub(r'_[0-9]+(?=[/_]|$)', '', variable.path)}": variable
+        f"{group}/{index:04d}/{comm.stable_path(variable)}": variable
         for group, variables in groups.items()
         for index, variable in enumerate(variables)
     }

@@ -38,7 +38,12 @@ USAGE = """usage: cvdist VERB ... (cvdist VERB --help lists the settings of a ve
 def main(argv: list[str] | None = None) -> int:
     """Runs `cvdist VERB ...` and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    verbs: dict[str, Callable[[list[str]], None]] = {"train": run_train, "evaluate": run_evaluate, "show": run_show, "models": run_models}
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "show": run_show,
+        "models": run_models,
+    }
     if argv[:1] == ["--version"]:
         say(f"cvdist {__version__}")
         return 0
@@ -188,7 +193,9 @@ def load_tensorflow() -> None:
             notices.seek(0)
             lines = notices.read().decode(errors="replace").splitlines()
             for line in lines:
-                if not re.match(r"WARNING: All log messages before absl|[IWE]0000 .*(port|cudart_stub|cuda_platform)\.cc", line):
+                if not re.match(
+                    r"WARNING: All log messages before absl|[IWE]0000 .*(port|cudart_stub|cuda_platform)\.cc", line
+                ):
                     say(line, error=True)
 
 
@@ -229,7 +236,9 @@ class Reporter:
 
     def end(self, config: TrainConfig, step: int) -> None:
         """Says where everything is."""
-        self.say(f"done after step {step}: {config.run} holds checkpoints, metrics.jsonl, result.json and final.weights.h5")
+        self.say(
+            f"done after step {step}: {config.run} holds checkpoints, metrics.jsonl, result.json and final.weights.h5"
+        )
 
 
 def evaluation_line(result: dict[str, Any]) -> str:
@@ -256,7 +265,9 @@ def resolved_block(config: TrainConfig, plan: Resolved) -> str:
 def show_data_set(url: str, manifest: Manifest) -> None:
     """Prints what a data set holds."""
     spec = manifest.image
-    say(f"{url}: {manifest.num_rows:,} samples, {len(manifest.classes)} classes, {spec.codec}, {spec.resize} side {spec.image_size} px")
+    say(
+        f"{url}: {manifest.num_rows:,} samples, {len(manifest.classes)} classes, {spec.codec}, {spec.resize} side {spec.image_size} px"
+    )
     for name, split in manifest.splits.items():
         shard_bytes = sum(shard.num_bytes for shard in split.shards)
         say(f"  {name:<6} {split.num_rows:>10,} samples in {len(split.shards)} shards, {shard_bytes / 1e6:,.1f} MB")

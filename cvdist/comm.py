@@ -10,16 +10,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
-import select
-import signal
-import sys
-import threading
+import re
 import time
 import types
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,10 +28,11 @@ from cvdist.errors import ConfigError, CvdistError, SyncError
 
 T = TypeVar("T")
 
-# Seconds that a rank's Gloo waits for a peer that has stopped answering; a frozen rank ends the others in about twice that.
+# Seconds that a rank's Gloo waits for a peer that has stopped answering. Measured: with 10 a frozen rank ends the others
+# after 12, and the job after 22 (horovodrun gives the frozen one 10 s to end).
 GLOO_TIMEOUT_S = 20
-# Seconds between the end of the launcher and the end of a rank that does not heed SIGTERM; saving takes less.
-ORPHAN_GRACE_S = 30.0
+# Seconds that ranks wait for each other to start: nodes import TensorFlow at very different speeds when disks are cold.
+START_S = 300.0
 BROADCAST_BYTES = 64 << 20
 MESSAGE_BYTES = 4096
 
@@ -90,8 +88,8 @@ def init() -> World:
     if size == 1:
         return world
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(GLOO_TIMEOUT_S))
-    end_with_launcher()
     hvd = _horovod(world)
+    _meet(world)
     with _collective(f"rank {world.rank} of {size} could not join the others"):
         hvd.init()
     joined = World(rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size())
@@ -263,6 +261,14 @@ def all_ranks_ok(world: World, error: Exception | None) -> None:
         raise raise_as(f"rank {failed[0]}{others} failed: {text}")
 
 
+def stable_path(variable: Any) -> str:
+    """Returns the path of a Keras variable without the numbers that Keras gives layers by a counter of the process.
+
+    `dense_7/kernel` here may be `dense/kernel` in a process that has made fewer models.
+    """
+    return re.sub(r"_[0-9]+(?=[/_]|$)", "", variable.path)
+
+
 def fingerprint(variables: Sequence[Any]) -> bytes:
     """Returns 16 bytes that change when any name, shape, data type or bit of the variables does (XXH3-128)."""
     digest = xxhash.xxh3_128()
@@ -292,66 +298,56 @@ def check_in_sync(variables: Sequence[Any], world: World, step: int) -> None:
     (digest, count), *_ = collections.Counter(digests).most_common()
     usual = digests.index(digest) if count > world.size / 2 else 0
     differing = [rank for rank in range(world.size) if digests[rank] != digests[usual]]
-    single = gather_bytes(json.dumps([[_identity(v), fingerprint([v]).hex()] for v in variables]).encode(), world)
-    theirs, reference = json.loads(single[differing[0]]), json.loads(single[usual])
-    pairs = zip(theirs, reference, strict=False)
-    place = next(
-        (found[0] for found, expected in pairs if found != expected),
-        f"their number, {len(theirs)} and {len(reference)}",
-    )
+    single = gather_bytes(b"".join(fingerprint([variable]) for variable in variables), world)
+    theirs, expected = single[differing[0]], single[usual]
+    places = (variable.path for i, variable in enumerate(variables) if theirs[16 * i :][:16] != expected[16 * i :][:16])
     ranks = f"rank {differing[0]} differs" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))} differ"
     raise SyncError(
-        f"step {step}: {ranks} from rank {usual}, first in {place}; expected bit-identical weights on all {world.size}"
-        " ranks; resume from the last checkpoint, and if it comes back look for code that depends on the rank, or for a"
-        " failing machine"
+        f"step {step}: {ranks} from rank {usual}, first in {next(places, 'their number')}; expected bit-identical weights on"
+        f" all {world.size} ranks; resume from the last checkpoint, and if it comes back look for code that depends on the"
+        " rank, or for a failing machine"
     )
 
 
-def end_with_launcher() -> None:
-    """Sends this rank SIGTERM when its `horovodrun` ends in any way, kill -9 included, and later SIGKILL.
+def _meet(world: World) -> None:
+    """Waits until all ranks have started, through the launcher's store of keys.
 
-    Without a `horovodrun` above this process (ranks on other nodes are started by ssh) its direct parent is watched.
+    Gloo would wait for its own timeout only, and then abort the process without a word.
     """
-    watched = _launchers()
-    if watched:
-        threading.Thread(target=_watch, args=(watched,), name="cvdist-launcher", daemon=True).start()
+    address, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}", "") for part in ("ADDR", "PORT"))
+    if not (address and port.isdecimal()):
+        raise ConfigError(
+            f"HOROVOD_SIZE is {world.size}, but HOROVOD_GLOO_RENDEZVOUS_ADDR and _PORT say {address!r} and {port!r};"
+            " expected the address of a launcher; start all ranks with horovodrun -np N, or unset HOROVOD_SIZE"
+        )
+    deadline_s = time.monotonic() + START_S
 
+    def ask(method: str, key: str) -> int:
+        with contextlib.closing(http.client.HTTPConnection(address, int(port), timeout=30)) as connection:
+            connection.request(method, f"/cvdist/{key}", body=b"1" if method == "PUT" else None)
+            return connection.getresponse().status
 
-def _watch(pidfds: list[int]) -> None:
-    """Waits for the end of any of the processes and then ends this one."""
-    poll = select.poll()
-    for pidfd in pidfds:
-        poll.register(pidfd, select.POLLIN)
-    poll.poll()
-    with contextlib.suppress(OSError):  # whoever read our output may be gone too
-        sys.stderr.write("cvdist: the launcher of this rank has ended, so does the rank\n")
-        sys.stderr.flush()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_GRACE_S)
-    os.kill(os.getpid(), signal.SIGKILL)
+    def await_key(key: str) -> None:
+        while ask("GET", key) != http.HTTPStatus.OK:
+            if time.monotonic() > deadline_s:
+                raise SyncError(
+                    f"rank {key.removeprefix('rank-')} did not start within {START_S:.0f} s, as rank {world.rank} saw it;"
+                    f" expected {world.size} ranks; look at its first lines of output, and at the load of its node"
+                )
+            time.sleep(0.1)
 
-
-def _launchers() -> list[int]:
-    """Opens the processes from this one's parent up to `horovodrun`; only the parent where there is none."""
-    pids: list[int] = []
-    num_watched, pid = 1, os.getppid()
-    while pid > 1:
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            stat = Path(f"/proc/{pid}/stat").read_bytes()
-        except OSError:
-            break
-        pids.append(pid)
-        if command[1:2] and (
-            os.path.basename(command[1]) == b"horovodrun" or command[1:3] == [b"-m", b"horovod.runner.launch"]
-        ):
-            num_watched = len(pids)
-        pid = int(stat.rpartition(b")")[2].split()[1])
-    pidfds = []
-    for pid in pids[:num_watched]:
-        with contextlib.suppress(OSError):  # it has ended meanwhile; its children are ended by those still watched
-            pidfds.append(os.pidfd_open(pid))
-    return pidfds
+    try:
+        ask("PUT", f"rank-{world.rank}")
+        if world.rank == 0:
+            for rank in range(world.size):
+                await_key(f"rank-{rank}")
+            ask("PUT", "all")
+        await_key("all")
+    except (OSError, http.client.HTTPException) as error:
+        raise SyncError(
+            f"the launcher at {address}:{port} cannot be reached ({error}); expected horovodrun there; start all ranks with"
+            " one horovodrun, and let its port through"
+        ) from error
 
 
 def _launched(name: str, default: int) -> int:
@@ -413,7 +409,9 @@ def _average(grads: list[Any]) -> list[Any]:
             "gradients are averaged inside a condition, where one rank's overflow would leave the others waiting for ever;"
             " expected the average outside; use DistributedOptimizer(LossScaleOptimizer(optimizer), world)"
         )
-    averaged = [None if grad is None else tf.convert_to_tensor(grad) for grad in grads]  # IndexedSlices become dense
+    averaged: list[Any] = [
+        None if grad is None else tf.convert_to_tensor(grad) for grad in grads
+    ]  # IndexedSlices become dense
     groups = collections.defaultdict(list)
     for index, grad in enumerate(averaged):
         if grad is not None:
@@ -466,5 +464,5 @@ def _bytes_of(variable: Any) -> np.ndarray[Any, Any]:
 
 
 def _identity(variable: Any) -> str:
-    """Names a variable, its shape and data type."""
-    return f"{variable.path} {variable.dtype} {tuple(variable.shape)}"
+    """Names a variable, its data type and shape."""
+    return f"{stable_path(variable)} {variable.dtype} {tuple(variable.shape)}"

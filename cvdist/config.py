@@ -297,10 +297,14 @@ def resolve(config: TrainConfig, manifest: Manifest, world_size: int) -> Resolve
     """
     batch, splits = config.global_batch, sorted(manifest.splits)
     train_split = canonical_split(config.train_split)
-    eval_split = canonical_split(config.evaluate.split) if config.evaluate.split else ("val" if "val" in splits else None)
+    eval_split = (
+        canonical_split(config.evaluate.split) if config.evaluate.split else ("val" if "val" in splits else None)
+    )
     for name, split in (("train_split", train_split), ("evaluate.split", eval_split)):
         if split is not None and split not in splits:
-            raise ConfigError(f"{name}: {split!r} is not in the data set {config.data}; expected one of {', '.join(splits)}")
+            raise ConfigError(
+                f"{name}: {split!r} is not in the data set {config.data}; expected one of {', '.join(splits)}"
+            )
     rows = manifest.splits[train_split].num_rows
     if rows < world_size:
         raise ConfigError(
@@ -357,7 +361,9 @@ def canonical_split(name: str) -> str:
 def require_range(name: str, value: float, low: float, high: float) -> None:
     """Raises ConfigError unless low <= value <= high."""
     if not low <= value <= high:
-        raise ConfigError(f"{name}: {value} is out of range; expected {low} to {high}; change it to a value in that range")
+        raise ConfigError(
+            f"{name}: {value} is out of range; expected {low} to {high}; change it to a value in that range"
+        )
 
 
 def parse(kind: type[T], argv: list[str], *, prog: str, positional: tuple[str, ...] = ()) -> T:
@@ -391,7 +397,10 @@ def complete_switches(kind: type, argv: list[str]) -> list[str]:
     switches = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
     switches |= {f"--augment.{name}" for name, hint in get_type_hints(AugmentConfig).items() if hint is bool}
     following = [*argv[1:], "--"]
-    return [f"{arg}=true" if arg in switches and after.startswith("-") else arg for arg, after in zip(argv, following, strict=True)]
+    return [
+        f"{arg}=true" if arg in switches and after.startswith("-") else arg
+        for arg, after in zip(argv, following, strict=True)
+    ]
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
@@ -410,7 +419,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
     missing = re.search(r"arguments are required: (.*)", line)
     if missing:
         names = [name.strip(" -") for name in missing.group(1).split(",")]
-        return f"not given: {', '.join(names)}; expected a value for each; add {' '.join(f'--{n} VALUE' for n in names)}"
+        return (
+            f"not given: {', '.join(names)}; expected a value for each; add {' '.join(f'--{n} VALUE' for n in names)}"
+        )
     return line
 
 
@@ -427,7 +438,12 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
     """
     hints = get_type_hints(kind)
     try:
-        nested = {key: from_dict(hints[key], value, where) if isinstance(value, dict) else value for key, value in values.items()}
+        nested = {
+            key: from_dict(hints[key], value, where) if isinstance(value, dict) else value
+            for key, value in values.items()
+        }
         return kind(**nested)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where} does not fit this version of cvdist ({error}); use the version that wrote it") from None
+        raise ConfigError(
+            f"{where} does not fit this version of cvdist ({error}); use the version that wrote it"
+        ) from None

@@ -102,15 +102,19 @@ def evaluate_run(
     failure = None
     try:
         config = read_config(storage.check_url(run_url, "run"))
-        data_url = storage.check_url(data_url or config.data, "data")
-        manifest = read_manifest(data_url)
+        url = storage.check_url(data_url or config.data, "data")
+        manifest = read_manifest(url)
         split = canonical_split(split)
         if split not in manifest.splits:
-            raise ConfigError(f"split: {split!r} is not in {data_url}; expected one of {', '.join(manifest.splits)}; correct --split")
+            raise ConfigError(
+                f"split: {split!r} is not in {url}; expected one of {', '.join(manifest.splits)}; correct --split"
+            )
         saved = checkpoint.require_latest(run_url, report) if world.rank == 0 else None
         image_size = config.image_size or manifest.image.image_size
         shape = (image_size, image_size, manifest.image.channels)
-        model = create_model(config.model, input_shape=shape, num_classes=len(manifest.classes), precision=config.precision)
+        model = create_model(
+            config.model, input_shape=shape, num_classes=len(manifest.classes), precision=config.precision
+        )
         if saved is not None:
             checkpoint.restore(saved, model, model_name=config.model)
     except CvdistError as error:
@@ -119,7 +123,7 @@ def evaluate_run(
     comm.broadcast(model.variables, world)
     logits_model = keras.Model(model.input, model.get_layer("logits").output)
     per_rank_batch = max(1, (global_batch or config.global_batch) // world.size)
-    evaluator = Evaluator(data_url, manifest, split, image_size, per_rank_batch * world.size, config.loader, world)
+    evaluator = Evaluator(url, manifest, split, image_size, per_rank_batch * world.size, config.loader, world)
     sums = evaluator.run(tf.function(lambda images: logits_model(images, training=False), jit_compile=False))
     return {"split": split, **sums.result()}
 
@@ -134,5 +138,7 @@ def read_config(run_url: str) -> TrainConfig:
     try:
         text = storage.read_text(url)
     except NotFoundError:
-        raise ConfigError(f"run: {url} does not exist; expected the folder of a training run; correct the URL") from None
+        raise ConfigError(
+            f"run: {url} does not exist; expected the folder of a training run; correct the URL"
+        ) from None
     return from_dict(TrainConfig, json.loads(text), url)

@@ -77,7 +77,9 @@ class RowGroup:
         """
         data = self.images[self.offsets[row] : self.offsets[row + 1]]
         if xxhash.xxh3_64_intdigest(data) != int(self.checksums[row]) & 0xFFFFFFFFFFFFFFFF:
-            raise DataError(f"{self.where}, row {row}: the image differs from its checksum; expected what prepare wrote; restore the shard")
+            raise DataError(
+                f"{self.where}, row {row}: the image differs from its checksum; expected what prepare wrote; restore the shard"
+            )
         return data
 
 
@@ -88,7 +90,9 @@ class ShardReader:
         """Takes the split's shards from the manifest; opens nothing yet."""
         self._url = data_url
         self._places = [
-            (shard, index, offset) for shard in manifest.splits[split].shards for index, offset in enumerate(row_group_offsets(shard))
+            (shard, index, offset)
+            for shard in manifest.splits[split].shards
+            for index, offset in enumerate(row_group_offsets(shard))
         ]
         self._footers: dict[str, pq.FileMetaData] = {}
 
@@ -109,15 +113,21 @@ class ShardReader:
         try:
             footer = self._footer(url, shard)
             data = storage.read_range(url, offset, shard.row_group_bytes[index])
-            table = pq.ParquetFile(pa.PythonFile(Window(data, offset, shard.num_bytes)), metadata=footer).read_row_group(
-                index, columns=list(COLUMNS), use_threads=False
-            )
+            table = pq.ParquetFile(
+                pa.PythonFile(Window(data, offset, shard.num_bytes)), metadata=footer
+            ).read_row_group(index, columns=list(COLUMNS), use_threads=False)
         except storage.NotFoundError:
-            raise DataError(f"{url} does not exist; expected the shard that the manifest names; restore it or prepare again") from None
+            raise DataError(
+                f"{url} does not exist; expected the shard that the manifest names; restore it or prepare again"
+            ) from None
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{where} cannot be read ({error}); expected the shard that prepare wrote; restore it or prepare again") from None
+            raise DataError(
+                f"{where} cannot be read ({error}); expected the shard that prepare wrote; restore it or prepare again"
+            ) from None
         if table.num_rows != shard.row_group_rows[index]:
-            raise DataError(f"{where} holds {table.num_rows} rows; expected {shard.row_group_rows[index]}; restore the shard")
+            raise DataError(
+                f"{where} holds {table.num_rows} rows; expected {shard.row_group_rows[index]}; restore the shard"
+            )
         images = table["image"].combine_chunks()
         images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
         _, offsets, values = images.buffers()
@@ -137,7 +147,9 @@ class ShardReader:
         if shard.path not in self._footers:
             size = storage.stat(url).size_bytes
             if size != shard.num_bytes:
-                raise DataError(f"{url} holds {size} bytes; expected {shard.num_bytes}; restore the shard or prepare again")
+                raise DataError(
+                    f"{url} holds {size} bytes; expected {shard.num_bytes}; restore the shard or prepare again"
+                )
             length = FOOTER_BYTES
             tail = storage.read_range(url, max(0, size - length), min(size, length))
             length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -247,10 +259,14 @@ class Loader:
         decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         try:
             while True:
-                while len(planned) < 4 * self._config.prefetch_batches and cache.has_room and (step := next(steps, None)):
+                while (
+                    len(planned) < 4 * self._config.prefetch_batches and cache.has_room and (step := next(steps, None))
+                ):
                     cache.fetch(step)
                     planned.append(step)
-                if not planned and not pending and (step := next(steps, None)):  # a step larger than the read-ahead budget
+                if (
+                    not planned and not pending and (step := next(steps, None))
+                ):  # a step larger than the read-ahead budget
                     cache.fetch(step)
                     planned.append(step)
                 while planned and len(pending) < max(self._config.prefetch_batches, self._threads):
@@ -275,7 +291,9 @@ class Loader:
         draws = augment.draw(self._augmentation, seed=self._seed or 0, epoch=epoch, sample_ids=step.samples)
         boxes = augment.crop_boxes(self._augmentation, draws, heights, widths)
         images = np.empty((len(picks), size, size, channels), np.uint8)
-        for index, ((group, row), box, flip) in enumerate(zip(picks, boxes, augment.flips(self._augmentation, draws), strict=True)):
+        for index, ((group, row), box, flip) in enumerate(
+            zip(picks, boxes, augment.flips(self._augmentation, draws), strict=True)
+        ):
             self._decode(group, row, box, bool(flip), images[index])
         return Batch(
             images=images,
@@ -292,7 +310,9 @@ class Loader:
         try:
             pixels = decode_stored(data, self.manifest.image)
         except ValueError as error:
-            raise DataError(f"{group.where}, row {row}: the image cannot be decoded ({error}); prepare the data set again") from None
+            raise DataError(
+                f"{group.where}, row {row}: the image cannot be decoded ({error}); prepare the data set again"
+            ) from None
         x, y, width, height = (int(value) for value in box)
         crop = pixels[y : y + height, x : x + width]
         if crop.shape[:2] != out.shape[:2]:

@@ -150,7 +150,7 @@ class Meter:
         self.clock = clock
         self.total_images = 0
         self.total_wait_s = 0.0
-        # (time, images so far, seconds waited so far), oldest first; the oldest is at, or just before, the window's start.
+        # (time, images so far, seconds waited so far), oldest first; the first is at, or before, the window's start.
         self.marks = collections.deque([(clock(), 0, 0.0)])
 
     @contextlib.contextmanager

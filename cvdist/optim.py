@@ -10,9 +10,10 @@ import keras
 from cvdist.config import OptimConfig
 from cvdist.errors import ConfigError
 
-# Names, as regular expressions, of the variables that weight decay leaves alone. Source: Goyal 2017, section 5.1
+# The variables that weight decay leaves alone, whatever their layer is called. While Keras steps it compares this with
+# TensorFlow's name of the variable ("conv1/bias:0"), not with its own ("bias"). Source: Goyal 2017, section 5.1
 # (normalisations); He 2019, Bag of Tricks, section 3.1 (biases).
-NO_DECAY = ["^bias$", "^gamma$", "^beta$"]
+NO_DECAY = [r"(^|/)(bias|gamma|beta)(:\d+)?$"]
 # Ends of the steps of the rate, in epochs of 90. Source: Goyal 2017, section 5.1 (He 2016 divides at plateaus instead).
 STEP_EPOCHS, STEP_EPOCHS_OF, STEP_FACTOR = (30, 60, 80), 90, 0.1
 
@@ -20,9 +21,9 @@ STEP_EPOCHS, STEP_EPOCHS_OF, STEP_FACTOR = (30, 60, 80), 90, 0.1
 def make_optimizer(config: OptimConfig, lr: float) -> keras.optimizers.Optimizer:
     """Makes the optimizer of `config`; train.py sets its `learning_rate` before each step.
 
-    Weight decay is decoupled (Source: Loshchilov 2019) and spares biases and normalisations. Keras keeps that exclusion outside its
-    configuration, so whoever rebuilds the optimizer by `from_config` calls `exclude_from_weight_decay(var_names=NO_DECAY)`
-    on the new one. Keras clips in `apply`: with several ranks gradients are averaged before that.
+    Weight decay is decoupled (Source: Loshchilov 2019) and spares biases and normalisations. Keras keeps that exclusion
+    outside an optimizer's configuration: one rebuilt by `from_config` has forgotten it. Keras clips in `apply`: with
+    several ranks gradients are averaged before that.
 
     Raises:
         ConfigError: The name is unknown.

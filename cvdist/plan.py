@@ -63,11 +63,17 @@ class EpochPlan:
         self.group_rows = np.array([rows for shard in split.shards for rows in shard.row_group_rows], dtype=np.int64)
         self.num_samples = int(self.group_rows.sum())
         self.global_batch = global_batch
-        self.num_steps = self.num_samples // global_batch if remainder == "drop" else -(-self.num_samples // global_batch)
-        self.num_lanes = next(lanes for lanes in range(min(num_lanes, global_batch), 0, -1) if global_batch % lanes == 0)
+        self.num_steps = (
+            self.num_samples // global_batch if remainder == "drop" else -(-self.num_samples // global_batch)
+        )
+        self.num_lanes = next(
+            lanes for lanes in range(min(num_lanes, global_batch), 0, -1) if global_batch % lanes == 0
+        )
         self._key = None if seed is None else (seed, epoch)
         self._first_sample = np.concatenate([[0], np.cumsum(self.group_rows)])[:-1]
-        self._order = np.arange(len(self.group_rows)) if self._key is None else self._rng(0).permutation(len(self.group_rows))
+        self._order = (
+            np.arange(len(self.group_rows)) if self._key is None else self._rng(0).permutation(len(self.group_rows))
+        )
         self._ends = np.cumsum(self.group_rows[self._order])
         self._permutations: dict[int, Ints] = {}
 

@@ -108,7 +108,9 @@ def start(config: PrepareConfig) -> Job | Manifest:
     source = storage.check_url(config.source_url, "source_url").rstrip("/")
     target = storage.check_url(config.target_url, "target_url").rstrip("/")
     if target == source or target.startswith(source + "/") or source.startswith(target + "/"):
-        raise ConfigError(f"target_url: {target} and the source {source} lie in each other; expected two folders; choose another target")
+        raise ConfigError(
+            f"target_url: {target} and the source {source} lie in each other; expected two folders; choose another target"
+        )
     config = dataclasses.replace(config, source_url=source, target_url=target)
     if not storage.exists(source):
         raise DataError(f"{source} does not exist; expected a folder of class folders; correct the URL")
@@ -118,20 +120,28 @@ def start(config: PrepareConfig) -> Job | Manifest:
     if existing is not None:
         return existing
     order, shards = assign(found.table, config)
-    job = Job(config, tuple(found.classes), tuple(shards), found.table.num_rows + found.num_skipped, found.num_skipped, digest)
+    job = Job(
+        config, tuple(found.classes), tuple(shards), found.table.num_rows + found.num_skipped, found.num_skipped, digest
+    )
     work = storage.join(target, WORK_FOLDER)
     with storage.create(storage.join(work, LISTING_NAME), overwrite=True) as stream:
         writer = pq.ParquetWriter(pa.PythonFile(stream, mode="w"), sources.SCHEMA, compression="ZSTD")
         for part in order:
             writer.write_table(found.table.take(part), row_group_size=max(1, len(part)))
         writer.close()
-    storage.write_bytes(storage.join(work, JOB_NAME), json.dumps({"digest": digest, "settings": settings(config)}).encode(), overwrite=True)
+    storage.write_bytes(
+        storage.join(work, JOB_NAME),
+        json.dumps({"digest": digest, "settings": settings(config)}).encode(),
+        overwrite=True,
+    )
     return job
 
 
 def settings(config: PrepareConfig) -> dict[str, Any]:
     """Returns the settings that rows are a function of: all but the URLs and the limit of bad inputs."""
-    return {key: value for key, value in dump(config).items() if key not in ("source_url", "target_url", "max_bad_fraction")}
+    return {
+        key: value for key, value in dump(config).items() if key not in ("source_url", "target_url", "max_bad_fraction")
+    }
 
 
 def job_digest(config: PrepareConfig, found: sources.Listing) -> str:
@@ -151,14 +161,18 @@ def check_target(config: PrepareConfig, digest: str) -> Manifest | None:
         manifest = read_manifest(target)
         if manifest.digest == digest:
             return manifest
-        raise DataError(f"{target} holds another data set ({difference(manifest.settings, settings(config))}); {ANOTHER_TARGET}")
+        raise DataError(
+            f"{target} holds another data set ({difference(manifest.settings, settings(config))}); {ANOTHER_TARGET}"
+        )
     if WORK_FOLDER in names:
         job = json.loads(storage.read_bytes(storage.join(target, WORK_FOLDER, JOB_NAME)))
         if job["digest"] != digest:
             found = difference(job["settings"], settings(config))
             raise DataError(f"{target} holds an unfinished other data set ({found}); {ANOTHER_TARGET}")
     elif names:
-        raise DataError(f"{target} holds {len(names)} files or folders that are no data set ({min(names)}, ...); {ANOTHER_TARGET}")
+        raise DataError(
+            f"{target} holds {len(names)} files or folders that are no data set ({min(names)}, ...); {ANOTHER_TARGET}"
+        )
     return None
 
 
@@ -167,7 +181,9 @@ ANOTHER_TARGET = "expected an empty or absent folder; choose another target URL,
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Says in words which settings differ, or that the inputs do."""
-    parts = [f"{key} {theirs.get(key)!r} there, {value!r} here" for key, value in ours.items() if theirs.get(key) != value]
+    parts = [
+        f"{key} {theirs.get(key)!r} there, {value!r} here" for key, value in ours.items() if theirs.get(key) != value
+    ]
     return "; ".join(parts) or "same settings, other input files"
 
 
@@ -184,7 +200,9 @@ def assign(table: pa.Table, config: PrepareConfig) -> tuple[list[Any], list[tupl
         members = np.flatnonzero(labels == split)
         if not len(members):
             continue
-        members = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 2, stream]))).permutation(members)
+        members = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 2, stream]))).permutation(
+            members
+        )
         parts = np.array_split(members, num_shards(table.take(members[:PROBE_IMAGES]), len(members), config))
         order += parts
         shards += [(split, index) for index in range(len(parts))]
@@ -225,7 +243,9 @@ def write_shard(job: Job, index: int) -> ShardResult:
             sample = convert(data, spec)
             if isinstance(sample, Rejected):
                 reason = {"reason": sample.reason, "detail": sample.detail}
-                quarantined.append({"path": entry["path"], "split": split, "size_bytes": len(data), "sha256": sha256, **reason})
+                quarantined.append(
+                    {"path": entry["path"], "split": split, "size_bytes": len(data), "sha256": sha256, **reason}
+                )
             else:
                 writer.add(Row(entry["path"], entry["label"], sample.image, sample.height, sample.width, sha256))
                 class_rows[entry["label"]] += 1
@@ -258,7 +278,10 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
     manifest = Manifest(
         classes=job.classes,
         image=image_spec(config),
-        splits={split: make_split(split, results, len(job.classes)) for split in dict.fromkeys(split for split, _ in job.shards)},
+        splits={
+            split: make_split(split, results, len(job.classes))
+            for split in dict.fromkeys(split for split, _ in job.shards)
+        },
         num_inputs=job.num_inputs,
         num_quarantined=len(quarantined),
         num_skipped=job.num_skipped,
@@ -295,7 +318,9 @@ def make_split(name: str, results: Sequence[ShardResult], num_classes: int) -> S
     """Gathers the shards of one split that hold rows, in order."""
     mine = [result for result in results if result.split == name]
     shards = sorted((result.shard for result in mine if result.shard.num_rows), key=lambda shard: shard.path)
-    return Split(tuple(shards), tuple(sum(result.class_rows.get(label, 0) for result in mine) for label in range(num_classes)))
+    return Split(
+        tuple(shards), tuple(sum(result.class_rows.get(label, 0) for result in mine) for label in range(num_classes))
+    )
 
 
 def check_quarantine(job: Job, manifest: Manifest, quarantined: Sequence[dict[str, Any]]) -> None:

@@ -41,7 +41,9 @@ SCHEMA = pa.schema(
         pa.field("source_sha256", pa.string(), nullable=False),
     ]
 )
-COMPRESSION = {"image": "NONE", "key": "ZSTD", "source_sha256": "ZSTD"} | dict.fromkeys(("label", "height", "width", "image_xxh3"), "NONE")
+COMPRESSION = {"image": "NONE", "key": "ZSTD", "source_sha256": "ZSTD"} | dict.fromkeys(
+    ("label", "height", "width", "image_xxh3"), "NONE"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +147,16 @@ def read_manifest(url: str) -> Manifest:
         body = json.loads(data)
         found, version = body.pop("sha256"), body.pop("version")
         if body.pop("format") != FORMAT or version != VERSION:
-            raise DataError(f"{manifest_url} is of format version {version}; expected {FORMAT} {VERSION}; prepare it again")
+            raise DataError(
+                f"{manifest_url} is of format version {version}; expected {FORMAT} {VERSION}; prepare it again"
+            )
         if found != body_sha256({"format": FORMAT, "version": version, **body}):
             raise ValueError("its sha256 does not match")
         return parse_manifest(body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{manifest_url} is damaged ({error}); expected the file that prepare wrote; restore or prepare it again") from None
+        raise DataError(
+            f"{manifest_url} is damaged ({error}); expected the file that prepare wrote; restore or prepare it again"
+        ) from None
 
 
 def parse_manifest(body: dict[str, Any]) -> Manifest:
@@ -158,7 +164,8 @@ def parse_manifest(body: dict[str, Any]) -> Manifest:
     splits = {}
     for name, split in body.pop("splits").items():
         shards = tuple(
-            Shard(**{key: tuple(value) if isinstance(value, list) else value for key, value in shard.items()}) for shard in split["shards"]
+            Shard(**{key: tuple(value) if isinstance(value, list) else value for key, value in shard.items()})
+            for shard in split["shards"]
         )
         splits[name] = Split(shards, tuple(split["class_rows"]))
     return Manifest(classes=tuple(body.pop("classes")), image=ImageSpec(**body.pop("image")), splits=splits, **body)
@@ -276,7 +283,14 @@ def petastorm_metadata(shards: Sequence[Shard], codec: str) -> bytes | None:
         return None
     image_codec = CompressedImageCodec("jpeg") if codec == "jpeg" else NdarrayCodec()
     image = UnischemaField("image", np.uint8, (None, None, None), image_codec, False)
-    kinds = {"key": np.str_, "label": np.int32, "height": np.int32, "width": np.int32, "image_xxh3": np.int64, "source_sha256": np.str_}
+    kinds = {
+        "key": np.str_,
+        "label": np.int32,
+        "height": np.int32,
+        "width": np.int32,
+        "image_xxh3": np.int64,
+        "source_sha256": np.str_,
+    }
     fields = [image, *(UnischemaField(name, kind, (), None, False) for name, kind in kinds.items())]
     groups = {posixpath.basename(shard.path): len(shard.row_group_rows) for shard in shards}
     schema = SCHEMA.with_metadata(

@@ -63,12 +63,16 @@ def class_folders(url: str, shares: dict[str, float], seed: int) -> Listing:
         num_skipped += skipped
     classes = sorted(by_split.get("train", set()))
     if "train" not in by_split:
-        raise DataError(f"{url} holds {', '.join(split_folders)} but no train; expected a folder train; rename or add it")
+        raise DataError(
+            f"{url} holds {', '.join(split_folders)} but no train; expected a folder train; rename or add it"
+        )
     require_classes(f"{url} (train)", classes)
     for folder, names in by_split.items():
         if not names <= set(classes):
             unknown = ", ".join(sorted(names - set(classes)))
-            raise DataError(f"{url}: {folder} holds classes that train lacks: {unknown}; expected those of train; add or remove them")
+            raise DataError(
+                f"{url}: {folder} holds classes that train lacks: {unknown}; expected those of train; add or remove them"
+            )
     return listing(found, classes, num_skipped)
 
 

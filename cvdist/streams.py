@@ -153,20 +153,22 @@ class FileWriter(io.RawIOBase):
             raise ValueError(f"{self._caller.url}: the file is closed")
         view = memoryview(data)
         view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
-        chunk_bytes = Limits.chunk_bytes
-        for start in range(0, len(view), chunk_bytes):
-            piece = view[start : start + chunk_bytes]
-            if len(self._pending) + len(piece) > chunk_bytes:
+        for start in range(0, len(view), Limits.chunk_bytes):
+            piece = view[start : start + Limits.chunk_bytes]
+            if len(self._pending) + len(piece) > Limits.chunk_bytes:
                 self._send()
-            self._pending += piece
+            if len(piece) == Limits.chunk_bytes:
+                self._caller.once(functools.partial(self._raw.write, piece))
+            else:
+                self._pending += piece
         self._written_bytes += len(view)
         return len(view)
 
     def _send(self) -> None:
         """Passes on what is held."""
-        data, self._pending = bytes(self._pending), bytearray()
-        if data:
-            self._caller.once(functools.partial(self._raw.write, data))
+        pending, self._pending = self._pending, bytearray()
+        if pending:
+            self._caller.once(functools.partial(self._raw.write, memoryview(pending)))
 
     def finish(self) -> int:
         """Passes on the rest, waits until it is durable and returns the length of the file."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cvdist import storage
@@ -49,7 +49,9 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     # 1. Everything that can be wrong is checked on every rank, and all ranks fail together, before the first collective.
     failure: CvdistError | None = None
     try:
-        config = dataclasses.replace(config, data=storage.check_url(config.data, "data"), run=storage.check_url(config.run, "run"))
+        config = dataclasses.replace(
+            config, data=storage.check_url(config.data, "data"), run=storage.check_url(config.run, "run")
+        )
         manifest = read_manifest(config.data)
         plan = resolve(config, manifest, world.size)
         shape = (plan.image_size, plan.image_size, plan.channels)
@@ -72,8 +74,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     # 2. One step. The mean is over the samples of the whole global batch that count, so padding changes nothing.
     logits_model = keras.Model(model.input, model.get_layer("logits").output)
     seeds = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
-    stored = [variable for variable in model.variables if not any(variable is seed for seed in seeds)]
-    moving = [variable for variable in model.non_trainable_variables if not any(variable is seed for seed in seeds)]
+    moving = model.non_trainable_weights  # batch statistics; weights are variables without seeds
     loss_of = (
         keras.losses.BinaryCrossentropy(from_logits=True, reduction=None)
         if plan.num_classes == 2
@@ -110,13 +111,16 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
         else None
     )
     history = History(config.run, done_steps if config.resume else 0, world)
-    saver = checkpoint.Checkpointer(config.run, keep=config.checkpoint.keep, report=report.say) if world.rank == 0 else None
+    saver = (
+        checkpoint.Checkpointer(config.run, keep=config.checkpoint.keep, report=report.say) if world.rank == 0 else None
+    )
     if saver:
         saver.remove_unfinished()
     meter = metrics.Meter()
     last_step = min(plan.total_steps, config.max_steps or plan.total_steps)
     result: dict[str, Any] = {}
-    waiting: list[tuple[Any, int]] = []  # loss sums of this rank, and valid samples of all ranks, since the last line of metrics
+    # Loss sum of this rank and valid samples of all ranks, for each step since the last line of metrics.
+    unreported: list[tuple[Any, int]] = []
 
     # 3. The loop. `step` counts finished steps since the start of the run.
     step = done_steps
@@ -135,44 +139,42 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
             optimizer.learning_rate.assign(lr)
             for index, variable in enumerate(seeds):
                 variable.assign([(config.seed * world.size + world.rank) % 2**32, step * len(seeds) + index])
-            divisor = batch.num_valid / world.size
-            loss_sum = train_step(batch.images, batch.labels, batch.weights, batch.params, tf.constant(divisor, tf.float32))
+            divisor = tf.constant(batch.num_valid / world.size, tf.float32)
+            loss_sum = train_step(batch.images, batch.labels, batch.weights, batch.params, divisor)
             step += 1
-            waiting.append((loss_sum, batch.num_valid))
+            unreported.append((loss_sum, batch.num_valid))
             meter.update(batch.num_valid)
 
-            ends_epoch = step % plan.steps_per_epoch == 0
-            ends = step == last_step
-            epochs_done = step // plan.steps_per_epoch
+            ends, epoch_ends = step == last_step, step % plan.steps_per_epoch == 0
+            epochs_done, epoch = step // plan.steps_per_epoch, (step - 1) // plan.steps_per_epoch
             saves = (
                 ends
-                or (ends_epoch and epochs_done % config.checkpoint.every_epochs == 0)
-                or (config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0)
+                or (epoch_ends and epochs_done % config.checkpoint.every_epochs == 0)
+                or every(config.checkpoint.every_steps, step)
             )
-            evaluates = evaluator and (ends or (ends_epoch and epochs_done % config.evaluate.every_epochs == 0))
-            due = config.check_sync_every_steps > 0 and step % config.check_sync_every_steps == 0
-            compares = due or saves or evaluates or step == done_steps + 1
-            if step % config.log_every_steps == 0 or saves:
-                sums = comm.allreduce_sum([float(value) for value, _ in waiting], world)
-                counts = [count for _, count in waiting]
-                waiting = []
-                loss = float(sums.sum() / sum(counts))
-                history.add(step=step, epoch=(step - 1) // plan.steps_per_epoch, loss=loss, lr=lr)
-                report.step(step, last_step, loss, meter)
+            evaluates = plan.eval_split is not None and (
+                ends or (epoch_ends and every(config.evaluate.every_epochs, epochs_done))
+            )
+            if saves or every(config.log_every_steps, step):
+                loss_sums = comm.allreduce_sum([float(value) for value, _ in unreported], world)
+                loss = float(loss_sums.sum() / sum(count for _, count in unreported))
+                unreported = []
                 require_finite(loss, step, lr)
-            if compares:
+                history.add(step=step, epoch=epoch, loss=loss, lr=lr)
+                report.step(step, last_step, loss, meter)
+            if saves or every(config.check_sync_every_steps, step) or step == done_steps + 1:
+                comm.check_in_sync([*model.trainable_variables, *optimizer.variables], world, step)
+            if saves or evaluates:  # moving statistics are each rank's own until someone reads them
                 comm.average(moving, world)
-                comm.check_in_sync([*stored, *optimizer.variables], world, step)
-            if evaluates:
-                sums_of_split = evaluator.run(logits_of)
-                result = {"split": plan.eval_split, **sums_of_split.result()}
-                history.add(step=step, epoch=(step - 1) // plan.steps_per_epoch, evaluation=result)
+            if evaluates and evaluator:
+                result = {"split": plan.eval_split, **evaluator.run(logits_of).result()}
+                history.add(step=step, epoch=epoch, evaluation=result)
                 report.evaluation(step, result)
+                meter.restart()
             if saves and saver:
                 history.write()
                 saver.save(model, optimizer, run_state(config, manifest, step, epochs_done))
-            if evaluates:
-                meter.restart()
+
     # 4. The end: the last checkpoint is complete before the run says so.
     failure = None
     try:
@@ -180,7 +182,11 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
             saver.close()
             checkpoint.export_weights(model, storage.join(config.run, "final.weights.h5"))
             if step > done_steps:
-                storage.write_bytes(storage.join(config.run, RESULT_NAME), json.dumps({"steps": step, **result}).encode(), overwrite=True)
+                storage.write_bytes(
+                    storage.join(config.run, RESULT_NAME),
+                    json.dumps({"steps": step, **result}).encode(),
+                    overwrite=True,
+                )
     except CvdistError as error:
         failure = error
     comm.all_ranks_ok(world, failure)
@@ -188,12 +194,17 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     return result
 
 
-def steps_of(loader: Loader, plan: Resolved, step: int, last_step: int) -> Iterator[Batch]:
+def steps_of(loader: Loader, plan: Resolved, step: int, last_step: int) -> Generator[Batch, None, None]:
     """Yields the batches of all epochs, from `step` (counted since the start of the run) on."""
     while step < last_step:
         epoch, epoch_step = divmod(step, plan.steps_per_epoch)
         yield from loader.batches(epoch, epoch_step)
         step = (epoch + 1) * plan.steps_per_epoch
+
+
+def every(interval: int, count: int) -> bool:
+    """Tells whether `count` is a multiple of `interval`; 0 is never."""
+    return interval > 0 and count % interval == 0
 
 
 def require_finite(loss: float, step: int, lr: float) -> None:
@@ -248,7 +259,9 @@ def open_run(config: TrainConfig, manifest: Manifest, report: Reporter) -> Check
         if start is None:
             report.say(f"{config.run} holds no checkpoint yet; starting from the beginning")
     elif storage.exists(storage.join(config.run, "checkpoints")):
-        raise ConfigError(f"run: {config.run} holds a run already; expected a new folder; use --resume to go on, or another --run URL")
+        raise ConfigError(
+            f"run: {config.run} holds a run already; expected a new folder; use --resume to go on, or another --run URL"
+        )
     if start is not None:
         if start.state.data_digest != manifest.digest:
             raise CheckpointError(

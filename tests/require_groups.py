@@ -1,7 +1,7 @@
 """A pytest plugin for test groups, loaded by tests/conftest.py with `pytest_plugins = ["tests.require_groups"]`.
 
-A group is a directory under tests/. Every test carries its group as a marker (`pytest -m "not distributed"`), and a CI run
-(CI=true) of all groups fails when a required one ran no test: a suite that skips what it should prove is not green.
+A group is a directory under tests/. Every test carries its group as a marker (`pytest -m "not distributed"`), and a CI
+run (CI=true) of all groups fails when a required one ran no test: a suite that skips what it should prove is not green.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def mnist_convnet(images: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def small_convnet(images: keras.KerasTensor) -> keras.KerasTensor:
-    """Four valid 3x3 convolutions, each pooled, and a dense layer: 3,453,121 parameters at 150x150x3 with one output."""
+    """Four pooled valid 3x3 convolutions and a dense layer: 3,453,121 parameters at 150x150x3 with one output."""
     x = layers.Rescaling(1 / 255, dtype="float32", name="preprocessing")(images)
     for number, filters in enumerate((32, 64, 128, 128), start=1):
         x = layers.Conv2D(filters, 3, activation="relu", name=f"conv{number}")(x)

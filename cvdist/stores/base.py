@@ -35,7 +35,7 @@ class Reader(Protocol):
 class Writer(Protocol):
     """A new file that is written from start to end."""
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         """Appends all of `data`."""
 
     def close(self) -> None:

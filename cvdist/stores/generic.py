@@ -38,7 +38,7 @@ class FsspecWriter:
         """Takes fsspec's file."""
         self._raw = raw
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         """Appends all of `data`."""
         self._raw.write(data)
 

@@ -51,9 +51,9 @@ class HdfsWriter:
         """Takes hdfs-native's writer."""
         self._raw = raw
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         """Appends all of `data`."""
-        self._raw.write(data)
+        self._raw.write(bytes(data))
 
     def close(self) -> None:
         """Waits until the DataNodes and the NameNode have everything."""

@@ -61,9 +61,9 @@ class LocalWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._unsynced_bytes = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         """Appends all of `data`."""
-        view = memoryview(data)
+        view = data
         while view:
             view = view[os.write(self._fd, view) :]
         self._unsynced_bytes += len(data)

@@ -108,7 +108,9 @@ def start_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 def run_ranks(start_ranks: Callable[..., Launch]) -> Callable[..., Outcome]:
     """Runs a launch to its end; see `start_ranks`."""
 
-    def run(size: int, program: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 150) -> Outcome:
+    def run(
+        size: int, program: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 150
+    ) -> Outcome:
         return start_ranks(size, program, *arguments, env=env).wait(timeout_s)
 
     return run

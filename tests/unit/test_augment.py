@@ -328,8 +328,7 @@ def test_colours_are_changed_as_published(channels: int) -> None:
     images = smooth_images(30, channels)
     factors = augment.colours(AugmentConfig(brightness=0.9, contrast=0.9, saturation=0.9), some_draws(30))
     changed = augment.apply(images, factors).numpy()
-    assert changed.max() == 255
-    assert changed.min() == 0
+    assert changed.max() == 255  # some are clipped
     for image, row, result in zip(images, factors, changed, strict=True):
         np.testing.assert_allclose(result, colour_reference(image, *row.tolist()), atol=0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -19,7 +21,10 @@ import tensorflow as tf
 
 from cvdist.errors import ConfigError
 from cvdist.models import NETWORKS, create_model, describe, list_models
+from cvdist.models.layers import CaffePreprocessing, Dropout
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+CAFFE = ["vgg16", "resnet50"]
 # name, input shape, classes, parameters, trainable parameters
 PUBLISHED = [
     ("mnist_convnet", (28, 28, 1), 10, 93_322, 93_322),
@@ -31,10 +36,11 @@ PUBLISHED = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def forget_models() -> Iterator[None]:
-    """Frees the memory of the models of a test."""
+    """Frees the memory of the models of this file at its end."""
     yield
+    shared.cache_clear()
     keras.backend.clear_session()
 
 
@@ -44,9 +50,20 @@ def smallest(name: str, num_classes: int = 3, channels: int = 3, **kwargs: Any) 
     return create_model(name, input_shape=(size, size, channels), num_classes=num_classes, **kwargs)
 
 
+@functools.cache
+def shared(name: str) -> keras.Model:
+    """Returns the smallest network with seed 3, to be looked at but not trained."""
+    return smallest(name, seed=3)
+
+
 def some_images(model: keras.Model, n: int = 2) -> np.ndarray:
     """Returns noise for a model, uint8 (n, H, W, C)."""
     return np.random.default_rng(1).integers(0, 256, (n, *model.input_shape[1:]), np.uint8)
+
+
+def inside(model: keras.Model, layer: str, images: np.ndarray) -> np.ndarray:
+    """Returns what a layer makes of images."""
+    return np.asarray(keras.Model(model.input, model.get_layer(layer).output)(images))
 
 
 def fingerprint(model: keras.Model) -> str:
@@ -71,40 +88,53 @@ def test_every_network_is_listed_and_has_a_published_size() -> None:
     assert list_models() == sorted(NETWORKS) == sorted({row[0] for row in PUBLISHED})
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list_models())
-def test_a_network_takes_a_step_forward_and_back(name: str, precision: Any) -> None:
-    model = smallest(name, precision=precision)
-    images = some_images(model)
+def test_a_network_takes_a_step_forward_and_back(name: str) -> None:
+    check_step(smallest(name))
+
+
+@pytest.mark.parametrize("name", ["mnist_convnet", "alexnet", "resnet50"])
+def test_a_network_takes_a_step_in_bfloat16_too(name: str) -> None:
+    model = smallest(name, precision="bfloat16")
+    check_step(model)
+    assert "bfloat16" in {layer.compute_dtype for layer in model.layers}
+
+
+def check_step(model: keras.Model) -> None:
+    """Computes probabilities and gradients of a batch, all in float32 at the ends."""
     with tf.GradientTape() as tape:
-        probabilities = model(images, training=True)
+        probabilities = model(some_images(model), training=True)
         loss = -tf.reduce_mean(tf.math.log(probabilities[:, 0]))
     assert probabilities.dtype == tf.float32
     assert probabilities.shape == (2, 3)
     np.testing.assert_allclose(tf.reduce_sum(probabilities, axis=1), 1, rtol=1e-5)
     gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
-    assert all(gradient is not None and bool(tf.reduce_all(tf.math.is_finite(gradient))) for gradient in gradients)
-    assert any(float(tf.reduce_max(tf.abs(gradient))) > 0 for gradient in gradients)
+    assert all(bool(tf.reduce_all(tf.math.is_finite(gradient))) for gradient in gradients)
+    assert float(tf.reduce_max(tf.abs(gradients[0]))) > 0  # the first layer learns
     assert {variable.dtype for variable in model.weights} == {"float32"}
+    assert model.get_layer("logits").output.dtype == "float32"
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_the_last_two_layers_are_logits_and_probabilities(name: str) -> None:
-    for num_classes, activation in ((1, "sigmoid"), (2, "sigmoid"), (3, "softmax")):
-        model = smallest(name, num_classes, precision="bfloat16")
-        logits, probabilities = model.layers[-2:]
-        assert (logits.name, probabilities.name) == ("logits", "probabilities")
-        assert isinstance(logits, keras.layers.Dense)
-        assert logits.activation is keras.activations.linear
-        assert probabilities.activation.__name__ == activation
-        assert logits.output.dtype == probabilities.output.dtype == model.output.dtype == "float32"
-        assert model.output_shape == (None, 3 if num_classes == 3 else 1)
-        if name != "mnist_convnet":
-            break  # heads are made in one place; one network shows all three
+    model = shared(name)
+    logits, probabilities = model.layers[-2:]
+    assert (logits.name, probabilities.name) == ("logits", "probabilities")
+    assert isinstance(logits, keras.layers.Dense)
+    assert logits.activation is keras.activations.linear
+    assert probabilities.activation is keras.activations.softmax
+    assert model.output_shape == (None, 3)
 
 
-def test_bfloat16_computes_in_bfloat16_whatever_the_global_policy_says() -> None:
-    assert smallest("mnist_convnet", precision="bfloat16").get_layer("conv2").output.dtype == "bfloat16"
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_one_and_two_classes_have_one_sigmoid_output(num_classes: int) -> None:
+    model = smallest("mnist_convnet", num_classes, precision="bfloat16")
+    assert model.output_shape == (None, 1)
+    assert model.layers[-1].activation is keras.activations.sigmoid
+    assert model.layers[-1].output.dtype == "float32"
+
+
+def test_the_global_policy_is_neither_obeyed_nor_changed() -> None:
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = smallest("mnist_convnet", precision="float32")
@@ -116,122 +146,106 @@ def test_bfloat16_computes_in_bfloat16_whatever_the_global_policy_says() -> None
 
 @pytest.mark.parametrize("name", list_models())
 def test_bytes_and_floats_of_the_same_images_give_the_same_result(name: str) -> None:
-    model = smallest(name)
-    images = some_images(model)
-    np.testing.assert_array_equal(model(images), model(images.astype(np.float32)))
+    images = some_images(shared(name))
+    np.testing.assert_array_equal(shared(name)(images), shared(name)(images.astype(np.float32)))
 
 
-@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+@pytest.mark.parametrize("name", CAFFE)
 def test_preprocessing_is_the_published_one(name: str) -> None:
-    model = smallest(name, precision="bfloat16")
-    images = some_images(model).astype(np.float32) + np.float32(0.37)  # bfloat16 would lose the fraction
-    inside = keras.Model(model.input, model.get_layer("preprocessing").output)(images)
-    np.testing.assert_allclose(inside, keras.applications.vgg16.preprocess_input(images.copy()), atol=1e-4)
-    assert model.get_layer("preprocessing").count_params() == 0
+    images = some_images(shared(name)).astype(np.float32)
+    expected = keras.applications.vgg16.preprocess_input(images.copy())
+    np.testing.assert_allclose(inside(shared(name), "preprocessing", images), expected, atol=1e-4)
+    assert shared(name).get_layer("preprocessing").count_params() == 0
 
 
-@pytest.mark.parametrize(
-    "name, low, high", [("mnist_convnet", 0, 1), ("small_convnet", 0, 1), ("alexnet", -1, 1)]
-)
+def test_bfloat16_does_not_round_the_images() -> None:
+    model = smallest("resnet50", precision="bfloat16")
+    images = some_images(model).astype(np.float32) + np.float32(0.37)
+    expected = keras.applications.vgg16.preprocess_input(images.copy())
+    np.testing.assert_allclose(inside(model, "preprocessing", images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, low, high", [("mnist_convnet", 0, 1), ("small_convnet", 0, 1), ("alexnet", -1, 1)])
 def test_pixels_are_scaled_inside_the_model(name: str, low: float, high: float) -> None:
-    model = smallest(name)
-    images = np.zeros_like(some_images(model))
+    images = np.zeros_like(some_images(shared(name)))
     images[1] = 255
-    inside = keras.Model(model.input, model.get_layer("preprocessing").output)(images).numpy()
-    np.testing.assert_allclose([inside[0].max(), inside[1].min()], [low, high], atol=1e-6)
+    scaled = inside(shared(name), "preprocessing", images)
+    np.testing.assert_allclose([scaled[0].max(), scaled[1].min()], [low, high], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", ["mnist_convnet", "small_convnet", "alexnet"])
 def test_grey_images_work(name: str) -> None:
     model = smallest(name, channels=1)
     assert model(some_images(model)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+@pytest.mark.parametrize("name", CAFFE)
 def test_a_grey_image_is_seen_as_an_rgb_image_of_equal_channels(name: str) -> None:
-    grey, colour = smallest(name, channels=1, seed=5), smallest(name, channels=3, seed=5)
-    images = some_images(grey)
-    np.testing.assert_allclose(grey(images), colour(np.repeat(images, 3, axis=-1)), rtol=1e-4)
+    model = smallest(name, channels=1, seed=3)
+    images = some_images(model)
+    np.testing.assert_allclose(model(images), shared(name)(np.repeat(images, 3, axis=-1)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_names_do_not_depend_on_what_was_made_before(name: str) -> None:
-    first = smallest(name)
-    smallest("alexnet"), keras.layers.Dense(1), keras.layers.Dropout(0.1)
-    second = smallest(name)
-    assert [layer.name for layer in first.layers] == [layer.name for layer in second.layers]
-    paths = [variable.path for variable in first.variables]
-    assert paths == [variable.path for variable in second.variables]
-    assert len(set(paths)) == len(paths)
-    # Names that Keras makes up would be those of classes, with or without a number.
-    assert not {"dense", "conv2d", "dropout", "batch_normalization", "flatten_1", "seed_generator"} & {
-        part for path in paths for part in path.split("/")
-    }
-
-
-@pytest.mark.parametrize("name", list_models())
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(name: str) -> None:
-    random.seed(1)
-    first = fingerprint(smallest(name, seed=3))
-    before = random.getstate()
+def test_names_and_weights_follow_from_the_network_and_the_seed_alone(name: str) -> None:
+    first = shared(name)
+    # Nothing that the process did before matters, nor its generators.
+    keras.layers.Dense(1), keras.layers.Dropout(0.1), smallest("mnist_convnet")
     keras.utils.set_random_seed(99)
-    random.setstate(before)
-    assert fingerprint(smallest(name, seed=3)) == first
-    assert random.getstate() == before  # the caller's generator is left alone
-    assert fingerprint(smallest(name, seed=4)) != first
+    before = random.getstate()
+    second = smallest(name, seed=3)
+    assert random.getstate() == before  # and the caller's generator is left alone
+    assert [layer.name for layer in first.layers] == [layer.name for layer in second.layers]
+    assert fingerprint(first) == fingerprint(second)
+    paths = [variable.path for variable in first.variables]
+    assert len(set(paths)) == len(paths)
+    # Names that Keras makes up are those of classes.
+    made_up = {"dense", "conv2d", "dropout", "batch_normalization", "seed_generator"}
+    assert not made_up & {part for path in paths for part in path.split("/")}
+
+
+def test_another_seed_gives_other_weights() -> None:
+    assert fingerprint(smallest("mnist_convnet", seed=4)) != fingerprint(shared("mnist_convnet"))
+    assert fingerprint(smallest("resnet50", seed=4)) != fingerprint(shared("resnet50"))
 
 
 def test_every_layer_starts_with_weights_of_its_own() -> None:
-    model = smallest("alexnet")
-    kernels = [
-        np.asarray(variable.value).ravel()[:8].tobytes()
-        for variable in model.weights
-        if variable.path.endswith("kernel")
-    ]
+    kernels = [np.asarray(v.value).ravel()[:8].tobytes() for v in shared("alexnet").weights if v.name == "kernel"]
     assert len(set(kernels)) == len(kernels) == 8
-    states = [np.asarray(v.value).tobytes() for v in model.variables if v.path.endswith("seed_generator_state")]
+    states = [np.asarray(v.value).tobytes() for v in shared("alexnet").variables if v.name == "seed_generator_state"]
     assert len(set(states)) == 2
 
 
 def test_another_process_makes_the_same_weights() -> None:
-    names = ["alexnet", "resnet50"]
-    program = (
-        "import hashlib, json, numpy as np; from cvdist.models import NETWORKS, create_model\n"
-        "result = {}\n"
-        f"for name in {names[::-1]!r}:\n"
-        "    size = NETWORKS[name].min_size_px\n"
-        "    model = create_model(name, input_shape=(size, size, 3), num_classes=3, seed=7)\n"
-        "    digest = hashlib.sha256()\n"
-        "    for v in model.variables: digest.update(v.path.encode() + np.asarray(v.value).tobytes())\n"
-        "    result[name] = digest.hexdigest()\n"
-        "print(json.dumps(result))\n"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "123",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    program = """if True:
+        import hashlib, json, numpy as np
+        from cvdist.models import NETWORKS, create_model
+        result = {}
+        for name in ("alexnet", "resnet50"):
+            size = NETWORKS[name].min_size_px
+            model, digest = create_model(name, input_shape=(size, size, 3), num_classes=3, seed=3), hashlib.sha256()
+            for variable in model.variables:
+                digest.update(variable.path.encode() + np.asarray(variable.value).tobytes())
+            result[name] = digest.hexdigest()
+        print(json.dumps(result))
+    """
+    environment = {**ENVIRONMENT, "PYTHONHASHSEED": "123"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=150
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == {name: fingerprint(smallest(name, seed=7)) for name in names}
+    expected = {name: fingerprint(shared(name)) for name in ("alexnet", "resnet50")}
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_names_are_known_without_tensorflow() -> None:
-    program = "import sys, cvdist.models as m; m.list_models(); sys.exit('keras' in sys.modules or 'tensorflow' in sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-        timeout=60,
+    program = (
+        "import sys, cvdist.models as m; m.list_models(); sys.exit(bool({'keras', 'tensorflow'} & set(sys.modules)))"
     )
+    subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, check=True, timeout=60)
 
 
 def test_dropout_acts_in_training_only_and_differs_from_step_to_step() -> None:
-    model = smallest("alexnet")
-    features = np.ones((1, 4096), np.float32)
-    dropout = model.get_layer("dropout1")
+    features, dropout = np.ones((1, 4096), np.float32), Dropout(0.5, name="drop")
     np.testing.assert_array_equal(dropout(features, training=False), features)
     first, second = (np.asarray(dropout(features, training=True)) for _ in range(2))
     assert set(np.unique(first)) == {0.0, 2.0}
@@ -239,14 +253,15 @@ def test_dropout_acts_in_training_only_and_differs_from_step_to_step() -> None:
     assert (first != second).any()
 
 
-def test_a_saved_model_loads_and_computes_the_same(tmp_path: Any) -> None:
-    for name in ("alexnet", "resnet50"):
-        model = smallest(name)
-        path = tmp_path / f"{name}.keras"
-        model.save(path)
-        loaded = keras.saving.load_model(path)
-        np.testing.assert_allclose(loaded(some_images(model)), model(some_images(model)), rtol=1e-5)
-        assert [variable.path for variable in loaded.variables] == [variable.path for variable in model.variables]
+def test_a_saved_model_loads_and_computes_the_same(tmp_path: Path) -> None:
+    images = keras.Input((4, 4, 1), name="images")
+    x = keras.layers.Flatten(name="flatten")(CaffePreprocessing()(images))
+    model = keras.Model(images, keras.layers.Dense(2, name="logits")(Dropout(0.25, name="drop")(x)))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded(some_images(model)), model(some_images(model)), rtol=1e-5)
+    assert [variable.path for variable in loaded.variables] == [variable.path for variable in model.variables]
+    assert loaded.get_layer("drop").rate == 0.25
 
 
 def test_published_convolutional_weights_fit_by_name() -> None:
@@ -254,11 +269,9 @@ def test_published_convolutional_weights_fit_by_name() -> None:
     base = keras.applications.VGG16(include_top=False, weights=None, input_shape=(32, 32, 3))
     for layer in base.layers[1:]:
         model.get_layer(layer.name).set_weights(layer.get_weights())
-    # Logits of random weights are small, so an equal feature map is what shows that the layers are the same.
-    inside = keras.Model(model.input, model.get_layer("block5_pool").output)
     images = some_images(model).astype(np.float32)
     expected = base(keras.applications.vgg16.preprocess_input(images.copy()))
-    np.testing.assert_allclose(inside(images), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(inside(model, "block5_pool", images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -278,10 +291,8 @@ def test_the_least_size_is_the_least(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_and_all() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"'resnet5' is unknown; .*did you mean 'resnet50'\?") as caught:
         create_model("resnet5", input_shape=(224, 224, 3), num_classes=3)
-    assert "'resnet5' is unknown" in str(caught.value)
-    assert "did you mean 'resnet50'?" in str(caught.value)
     assert ", ".join(list_models()) in str(caught.value)
     with pytest.raises(ConfigError, match="choose one of these"):
         create_model("xyz", input_shape=(224, 224, 3), num_classes=3)
@@ -306,8 +317,7 @@ def test_other_wrong_arguments_are_refused() -> None:
         keras.config.set_image_data_format("channels_last")
 
 
-def test_a_small_network_learns() -> None:
-    """Bright against dark images are told apart after a few steps on the logits."""
+def test_a_small_network_learns_from_its_logits() -> None:
     model = smallest("mnist_convnet", num_classes=2, channels=1)
     rng, optimizer = np.random.default_rng(0), keras.optimizers.Adam(3e-3)
     both = keras.Model(model.input, [model.get_layer("logits").output, model.output])

