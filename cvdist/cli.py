@@ -243,8 +243,12 @@ class Reporter:
 
 def evaluation_line(result: dict[str, Any]) -> str:
     """Puts an evaluation into words; fractions are percent here only."""
-    rates = f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}"
-    return f"{result['split']}: {rates}  ({result['samples']} samples)"
+    loss = (
+        f"loss {result['loss']:.4f}"
+        if result["loss"] is not None
+        else f"no loss: {result['nonfinite']} outputs are not numbers"
+    )
+    return f"{result['split']}: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  {loss}  ({result['samples']} samples)"
 
 
 def resolved_block(config: TrainConfig, plan: Resolved) -> str:
@@ -277,3 +281,7 @@ def show_data_set(url: str, manifest: Manifest) -> None:
     )
     if manifest.num_quarantined:
         say(f"  reasons in {url}/quarantine.parquet")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import math
 import os
 import re
 import time
@@ -33,6 +34,9 @@ T = TypeVar("T")
 GLOO_TIMEOUT_S = 20
 # Seconds that ranks wait for each other to start: nodes import TensorFlow at very different speeds when disks are cold.
 START_S = 300.0
+# All collectives but gradients have one name: where ranks are out of step, Horovod finds different operations under it and
+# fails, instead of waiting for ever for the missing halves of two.
+CONTROL = "cvdist"
 BROADCAST_BYTES = 64 << 20
 MESSAGE_BYTES = 4096
 
@@ -161,16 +165,13 @@ def broadcast(variables: Sequence[Any], world: World, root: int = 0) -> None:
                 " and optimizer on all ranks, both built; give all ranks one configuration and one version of the code"
             )
     for bucket in _buckets(variables):
-        data = np.concatenate([_bytes_of(variable) for variable in bucket])
-        data = _broadcast_bytes(data, world, root)
+        sizes = [_num_bytes(variable) for variable in bucket]
+        mine = [_bytes_of(variable) for variable in bucket] if world.rank == root else [np.zeros(sum(sizes), np.uint8)]
+        data = _broadcast_bytes(np.concatenate(mine), world, root)
         if world.rank == root:
             continue
-        start = 0
-        for variable in bucket:
-            value = _value(variable)
-            part = data[start : start + value.nbytes]
-            variable.assign(np.frombuffer(part.tobytes(), value.dtype).reshape(value.shape))
-            start += value.nbytes
+        for variable, part in zip(bucket, np.split(data, np.cumsum(sizes)[:-1]), strict=True):
+            variable.assign(np.frombuffer(part.tobytes(), np.dtype(variable.dtype)).reshape(tuple(variable.shape)))
 
 
 def allreduce_sum(values: npt.ArrayLike, world: World) -> np.ndarray[Any, Any]:
@@ -186,13 +187,14 @@ def allreduce_sum(values: npt.ArrayLike, world: World) -> np.ndarray[Any, Any]:
     array = np.asarray(values)
     if array.dtype not in (np.dtype(np.float64), np.dtype(np.int64)):
         raise TypeError(f"allreduce_sum takes float64 and int64, found {array.dtype}")
-    if world.size == 1 or not array.size:
+    if world.size == 1:
         return array.copy()
     hvd = _horovod(world)
+    # One number more, so that an empty array takes part too: a rank that stayed away would leave the others waiting.
+    padded = np.append(array.reshape(-1), np.zeros(1, array.dtype))
     with _collective("a sum over all ranks failed"), _on_cpu():
-        # A shape of its own, because an array of no dimensions takes part in no reduction.
-        total = hvd.allreduce(array.reshape(-1), op=hvd.Sum, name=f"cvdist.sum.{array.dtype}.{array.size}")
-    return np.asarray(total.numpy()).reshape(array.shape)
+        total = hvd.allreduce(padded, op=hvd.Sum, name=CONTROL)
+    return np.asarray(total.numpy())[:-1].reshape(array.shape)
 
 
 def average(variables: Sequence[Any], world: World) -> None:
@@ -220,8 +222,8 @@ def gather_bytes(data: bytes, world: World) -> list[bytes]:
     """
     if world.size == 1:
         return [data]
-    sizes = _gather(np.array([len(data)], np.int64), world, "cvdist.gather.sizes")
-    joined = _gather(np.frombuffer(data, np.uint8), world, "cvdist.gather.data").tobytes() if sizes.any() else b""
+    sizes = _gather(np.array([len(data)], np.int64), world)
+    joined = _gather(np.frombuffer(data, np.uint8), world).tobytes() if sizes.any() else b""
     ends = np.cumsum(sizes)
     return [joined[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
 
@@ -255,7 +257,7 @@ def all_ranks_ok(world: World, error: Exception | None) -> None:
         theirs = json.loads(reports[failed[0]])
         kind = getattr(errors, theirs["kind"], None)
         ours = isinstance(kind, type) and issubclass(kind, CvdistError)
-        text = theirs["text"] if ours else f"{theirs['kind']}: {theirs['text']}"
+        text = " ".join(f"{'' if ours else theirs['kind'] + ': '}{theirs['text']}".split())
         others = f" (and {len(failed) - 1} more)" if failed[1:] else ""
         raise_as: type[CvdistError] = kind if ours and kind else SyncError
         raise raise_as(f"rank {failed[0]}{others} failed: {text}")
@@ -409,9 +411,8 @@ def _average(grads: list[Any]) -> list[Any]:
             "gradients are averaged inside a condition, where one rank's overflow would leave the others waiting for ever;"
             " expected the average outside; use DistributedOptimizer(LossScaleOptimizer(optimizer), world)"
         )
-    averaged: list[Any] = [
-        None if grad is None else tf.convert_to_tensor(grad) for grad in grads
-    ]  # IndexedSlices become dense
+    # Gradients of rows (IndexedSlices) become dense.
+    averaged: list[Any] = [None if grad is None else tf.convert_to_tensor(grad) for grad in grads]
     groups = collections.defaultdict(list)
     for index, grad in enumerate(averaged):
         if grad is not None:
@@ -424,18 +425,18 @@ def _average(grads: list[Any]) -> list[Any]:
     return averaged
 
 
-def _gather(array: np.ndarray[Any, Any], world: World, name: str) -> np.ndarray[Any, Any]:
+def _gather(array: np.ndarray[Any, Any], world: World) -> np.ndarray[Any, Any]:
     """Joins one-dimensional arrays of all ranks, in the order of ranks."""
     hvd = _horovod(world)
     with _collective("an exchange between all ranks failed"), _on_cpu():
-        return np.asarray(hvd.allgather(array, name=name).numpy())
+        return np.asarray(hvd.allgather(array, name=CONTROL).numpy())
 
 
 def _broadcast_bytes(data: np.ndarray[Any, Any], world: World, root: int) -> np.ndarray[Any, Any]:
     """Returns the root's bytes; all ranks give as many."""
     hvd = _horovod(world)
     with _collective(f"the broadcast from rank {root} failed"), _on_cpu():
-        return np.asarray(hvd.broadcast(data, root_rank=root, name="cvdist.broadcast").numpy())
+        return np.asarray(hvd.broadcast(data, root_rank=root, name=CONTROL).numpy())
 
 
 def _buckets(variables: Sequence[Any]) -> Iterator[list[Any]]:
@@ -443,7 +444,7 @@ def _buckets(variables: Sequence[Any]) -> Iterator[list[Any]]:
     bucket: list[Any] = []
     num_bytes = 0
     for variable in variables:
-        size = _value(variable).nbytes
+        size = _num_bytes(variable)
         if bucket and num_bytes + size > BROADCAST_BYTES:
             yield bucket
             bucket, num_bytes = [], 0
@@ -461,6 +462,11 @@ def _value(variable: Any) -> np.ndarray[Any, Any]:
 def _bytes_of(variable: Any) -> np.ndarray[Any, Any]:
     """Returns the bits of a Keras variable, "uint8 (bytes,)"."""
     return np.ascontiguousarray(_value(variable)).reshape(-1).view(np.uint8)
+
+
+def _num_bytes(variable: Any) -> int:
+    """Returns the size of a Keras variable."""
+    return math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
 
 
 def _identity(variable: Any) -> str:

@@ -9,17 +9,19 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from cvdist.errors import ConfigError
 
-if TYPE_CHECKING:
+MYPY = False  # not typing.TYPE_CHECKING: jsonargparse runs such a block, and --help would wait for NumPy, pyarrow and OpenCV
+if MYPY:
     from cvdist.shards import Manifest
 
 T = TypeVar("T")
 MIB = 1 << 20
+MAX_SEED = (1 << 32) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,8 @@ class PrepareConfig:
         require_range("image_size", self.image_size, 8, 8192)
         require_range("quality", self.quality, 1, 100)
         require_range("shard_bytes", self.shard_bytes, 64 * 1024, 16 * 1024 * MIB)
-        require_range("row_group_bytes", self.row_group_bytes, 16 * 1024, self.shard_bytes)
+        require_range("row_group_bytes", self.row_group_bytes, 16 * 1024, min(self.shard_bytes, 1024 * MIB))
+        require_range("seed", self.seed, 0, MAX_SEED)
         require_range("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
         self.split_shares()
 
@@ -69,7 +72,7 @@ class PrepareConfig:
         Raises:
             ConfigError: The text is not name=share pairs, or the shares do not sum to 1.
         """
-        pairs = re.findall(r"(?:^|,)(train|val|validation|test)=([0-9.]+)(?=,|$)", self.split)
+        pairs = re.findall(r"(?:^|,)(train|val|validation|test)=(\d+(?:\.\d*)?|\.\d+)(?=,|$)", self.split)
         shares = {canonical_split(name): float(share) for name, share in pairs}
         if len(shares) != self.split.count(",") + 1 or abs(sum(shares.values()) - 1) > 1e-6:
             raise ConfigError(
@@ -101,6 +104,7 @@ class LoaderConfig:
         """Refuses values that no loader can work with."""
         require_range("loader.threads", 1 if self.threads is None else self.threads, 1, 1024)
         require_range("loader.prefetch_batches", self.prefetch_batches, 1, 1024)
+        require_range("loader.readahead_bytes", self.readahead_bytes, 0, 1 << 40)
         require_range("loader.num_lanes", self.num_lanes, 1, 1 << 16)
 
 
@@ -153,7 +157,7 @@ class OptimConfig:
         scaling: How base_lr grows with the global batch.
         schedule: Shape of the learning rate after the warm-up.
         warmup_epochs: Epochs of linear growth from zero; by default 5 % of all epochs. Source: Goyal 2017, section 2.2.
-        momentum: Of sgd and rmsprop.
+        momentum: Of sgd and rmsprop; by default 0.9 for sgd and 0 for rmsprop.
         weight_decay: Decoupled decay of kernels, applied to neither biases nor normalisations.
         clip_norm: Largest global norm of the gradient; 0 is off.
     """
@@ -164,7 +168,7 @@ class OptimConfig:
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     warmup_epochs: float | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
     weight_decay: float = 0.0
     clip_norm: float = 0.0
 
@@ -178,7 +182,7 @@ class OptimConfig:
         require_range("optim.lr", 1e-3 if self.lr is None else self.lr, 0.0, 100.0)
         require_range("optim.base_lr", 0.1 if self.base_lr is None else self.base_lr, 0.0, 100.0)
         require_range("optim.warmup_epochs", self.warmup_epochs or 0.0, 0.0, 1e6)
-        require_range("optim.momentum", self.momentum, 0.0, 1.0)
+        require_range("optim.momentum", self.momentum or 0.0, 0.0, 1.0)
         require_range("optim.weight_decay", self.weight_decay, 0.0, 1.0)
         require_range("optim.clip_norm", self.clip_norm, 0.0, 1e9)
 
@@ -194,6 +198,10 @@ class EvaluateConfig:
 
     split: str | None = None
     every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses what is no number of epochs."""
+        require_range("evaluate.every_epochs", self.every_epochs, 0, 1 << 30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +274,8 @@ class TrainConfig:
         require_range("epochs", self.epochs, 1, 1 << 20)
         require_range("global_batch", self.global_batch, 1, 1 << 24)
         require_range("image_size", 224 if self.image_size is None else self.image_size, 8, 8192)
+        require_range("seed", self.seed, 0, MAX_SEED)
+        require_range("max_steps", self.max_steps, 0, 1 << 62)
         require_range("log_every_steps", self.log_every_steps, 1, 1 << 30)
         require_range("check_sync_every_steps", self.check_sync_every_steps, 0, 1 << 30)
 
@@ -381,48 +391,77 @@ def parse(kind: type[T], argv: list[str], *, prog: str, positional: tuple[str, .
     """
     description = (kind.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; options after it win.")
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it win.")
     for name in positional:
         parser.add_argument(name, type=str)
     parser.add_class_arguments(kind, None, skip=set(positional))
     try:
-        namespace = parser.instantiate_classes(parser.parse_args(complete_switches(kind, argv)))
+        settings = parser.parse_args(complete_switches(kind, argv))
+        require_groups(kind, settings)
+        namespace = parser.instantiate_classes(settings)
     except ArgumentError as error:
         raise ConfigError(explain(str(error), parser)) from None
     return kind(**{field.name: namespace[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def complete_switches(kind: type, argv: list[str]) -> list[str]:
-    """Lets a bare switch such as --resume mean --resume true."""
+    """Lets a bare switch such as --resume mean --resume true; what follows it is another option, or a URL."""
     switches = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
     switches |= {f"--augment.{name}" for name, hint in get_type_hints(AugmentConfig).items() if hint is bool}
-    following = [*argv[1:], "--"]
+    following = [*argv[1:], "--"][: len(argv)]
     return [
-        f"{arg}=true" if arg in switches and after.startswith("-") else arg
+        f"{arg}=true" if arg in switches and (after.startswith("-") or "://" in after) else arg
         for arg, after in zip(argv, following, strict=True)
     ]
+
+
+def require_groups(kind: type, settings: Namespace) -> None:
+    """Raises ConfigError for a single value where a group of settings belongs, as `optim: 3` in YAML."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and not isinstance(settings[name], Namespace):
+            members = [field.name for field in dataclasses.fields(hint)]
+            raise ConfigError(
+                f"{name}: {settings[name]!r} is no group of settings; expected settings such as {name}.{members[0]};"
+                f" use one or more of {', '.join(members)}"
+            )
+
+
+TYPE_WORDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'NoneType'>": "null",
+}
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
     """Turns a message of the parser into one line: what was found, what was expected, how to fix it."""
     line = " ".join(message.split())
-    known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     unknown = re.search(r"[Uu]nrecognized arguments: --?([\w.]+)|Option '([\w.]+)' is not accepted", line)
     nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
     if unknown or nested:
+        known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
         found = ".".join(nested.groups()) if nested else next(group for group in unknown.groups() if group)  # type: ignore[union-attr]
         close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-        return f"{found}: no such setting; {f'did you mean {close[0]}' if close else 'run with --help for the list'}?"
-    wrong = re.search(r'[Pp]arser key "([\w.]+)": (.*)', line)
-    if wrong:
-        return f"{wrong.group(1)}: {wrong.group(2)}; correct the value"
-    missing = re.search(r"arguments are required: (.*)", line)
-    if missing:
+        return f"{found}: no such setting; {f'did you mean {close[0]}?' if close else 'run with --help for the list'}"
+    if stray := re.search(r"[Uu]nrecognized arguments: (.*)", line):
+        return f"{stray.group(1)}: not expected here; expected --NAME VALUE pairs; run with --help for the list"
+    if bare := re.search(r"argument --([\w.]+): expected one argument", line):
+        return f"{bare.group(1)}: has no value; expected one; add --{bare.group(1)} VALUE"
+    if missing := re.search(r"arguments are required: (.*)", line):
         names = [name.strip(" -") for name in missing.group(1).split(",")]
-        return (
-            f"not given: {', '.join(names)}; expected a value for each; add {' '.join(f'--{n} VALUE' for n in names)}"
-        )
-    return line
+        by_position = {action.dest for action in parser._actions if not action.option_strings}
+        fix = " ".join(name.upper() if name in by_position else f"--{name} VALUE" for name in names)
+        return f"not given: {', '.join(names)}; expected a value for each; add {fix}"
+    if wrong := re.search(r'[Pp]arser key "([\w.]+)": (.*)', line):
+        kinds = re.findall(r"Expected a (<class '\w+'>|typing\.Literal\[[^]]*\])", wrong.group(2))
+        value = re.search(r"(?:Got|Given) value: (.*)", wrong.group(2))
+        if not kinds or not value:
+            return f"{wrong.group(1)}: {wrong.group(2)}; correct the value"
+        words = [TYPE_WORDS.get(kind) or "one of " + kind[15:-1].replace("'", "") for kind in kinds]
+        return f"{wrong.group(1)}: {value.group(1)!r} does not fit; expected {' or '.join(words)}; correct the value"
+    return f"{line}; expected --NAME VALUE pairs, or a YAML file of NAME: VALUE lines; run with --help for the list"
 
 
 def dump(config: Any) -> dict[str, Any]:

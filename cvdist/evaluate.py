@@ -125,7 +125,15 @@ def evaluate_run(
     per_rank_batch = max(1, (global_batch or config.global_batch) // world.size)
     evaluator = Evaluator(url, manifest, split, image_size, per_rank_batch * world.size, config.loader, world)
     sums = evaluator.run(tf.function(lambda images: logits_model(images, training=False), jit_compile=False))
-    return {"split": split, **sums.result()}
+    return summary(split, sums)
+
+
+def summary(split: str, sums: metrics.Sums) -> dict[str, Any]:
+    """Returns an evaluation as JSON can hold it: a loss that is not a number is null, and the samples that made it so are counted."""
+    result: dict[str, Any] = {"split": split, **sums.result()}
+    if sums.nonfinite:
+        result |= {"loss": None, "nonfinite": sums.nonfinite}
+    return result
 
 
 def read_config(run_url: str) -> TrainConfig:

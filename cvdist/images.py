@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 from typing import Literal
 
 import cv2
@@ -75,13 +76,19 @@ class Header:
 
 
 def convert(data: bytes, spec: ImageSpec) -> Sample | Rejected:
-    """Turns the bytes of an image file into a stored sample, or says why not."""
+    """Turns the bytes of an image file into a stored sample, or says why not.
+
+    Raises:
+        MemoryError: There is too little to decode it.
+    """
     try:
         header = read_header(data)
         if isinstance(header, Rejected):
             return header
         pixels = resize(orient(decode(data, header, spec), header.orientation), spec)
         return Sample(encode(pixels, spec), *pixels.shape[:2])
+    except MemoryError:  # this machine is too small, which says nothing about the image
+        raise
     except Exception as error:  # one of the two broad catches of the design: any decoder error rejects this sample only
         return Rejected("undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
@@ -94,8 +101,7 @@ def read_header(data: bytes) -> Header | Rejected:
         return Rejected("too_many_bytes", f"{len(data)} bytes; expected at most {MAX_BYTES}")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            orientation = image.getexif().get(ORIENTATION_TAG, 1) if image.format in ("JPEG", "MPO") else 1
-            header = Header(image.format or "", image.mode, image.height, image.width, int(orientation))
+            header = Header(image.format or "", image.mode, image.height, image.width, read_orientation(image))
     except (OSError, ValueError, SyntaxError):
         return Rejected("not_an_image", f"starts with {data[:8]!r}; expected one of {', '.join(FORMATS)}")
     height, width = header.height, header.width
@@ -106,11 +112,22 @@ def read_header(data: bytes) -> Header | Rejected:
     return header
 
 
+def read_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation of a JPEG, 1 to 8; 1, upright, where there is none or it cannot be read."""
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
 def decode(data: bytes, header: Header, spec: ImageSpec) -> Pixels:
     """Decodes to uint8 (H, W, C), 0-255 BGR or grey, perhaps scaled down by 2, 4 or 8 but never below the target size."""
     if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
         factor = power_of_two_factor(header, spec.image_size)
-        return simplejpeg.decode_jpeg(
+        scaled = simplejpeg.decode_jpeg(
             data,
             colorspace="BGR" if spec.channels == 3 else "GRAY",
             min_height=-(-header.height // factor),
@@ -118,6 +135,7 @@ def decode(data: bytes, header: Header, spec: ImageSpec) -> Pixels:
             min_factor=1,
             strict=True,
         )
+        return np.asarray(scaled, dtype=np.uint8)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         flat = flatten(image).convert("RGB" if spec.channels == 3 else "L")
     pixels = np.asarray(flat, dtype=np.uint8)
@@ -196,5 +214,7 @@ def decode_stored(image: bytes | memoryview, spec: ImageSpec) -> Pixels:
         ValueError: The bytes are not what `encode` writes.
     """
     if spec.codec == "jpeg":
-        return simplejpeg.decode_jpeg(image, colorspace="RGB" if spec.channels == 3 else "GRAY", strict=True)
-    return np.asarray(np.load(io.BytesIO(image), allow_pickle=False), dtype=np.uint8)
+        pixels = simplejpeg.decode_jpeg(image, colorspace="RGB" if spec.channels == 3 else "GRAY", strict=True)
+    else:
+        pixels = np.load(io.BytesIO(image), allow_pickle=False)
+    return np.asarray(pixels, dtype=np.uint8)

@@ -1,6 +1,6 @@
 """Plan to batches: row groups are read ahead of their use, images decoded by threads, one task for each batch.
 
-Nothing unverified is decoded: every image's checksum is compared first, and a shard that differs from the manifest is an error.
+Nothing unverified is decoded: the manifest has a checksum of every stretch of a shard that is read, and every image has its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import xxhash
 from cvdist import augment, storage
 from cvdist.comm import World
 from cvdist.config import AugmentConfig, LoaderConfig
-from cvdist.errors import DataError
+from cvdist.errors import DataError, NotFoundError
 from cvdist.images import Pixels, decode_stored
 from cvdist.plan import EpochPlan, Step
 from cvdist.shards import Manifest, Shard, row_group_offsets
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("label", "image", "height", "width", "image_xxh3")
 FETCH_THREADS = 4
-FOOTER_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +112,11 @@ class ShardReader:
         try:
             footer = self._footer(url, shard)
             data = storage.read_range(url, offset, shard.row_group_bytes[index])
+            is_intact = xxhash.xxh3_64_hexdigest(data) == shard.row_group_xxh3[index]
             table = pq.ParquetFile(
                 pa.PythonFile(Window(data, offset, shard.num_bytes)), metadata=footer
             ).read_row_group(index, columns=list(COLUMNS), use_threads=False)
-        except storage.NotFoundError:
+        except NotFoundError:
             raise DataError(
                 f"{url} does not exist; expected the shard that the manifest names; restore it or prepare again"
             ) from None
@@ -124,15 +124,11 @@ class ShardReader:
             raise DataError(
                 f"{where} cannot be read ({error}); expected the shard that prepare wrote; restore it or prepare again"
             ) from None
-        if table.num_rows != shard.row_group_rows[index]:
-            raise DataError(
-                f"{where} holds {table.num_rows} rows; expected {shard.row_group_rows[index]}; restore the shard"
-            )
         images = table["image"].combine_chunks()
         images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
         _, offsets, values = images.buffers()
         columns = {name: table[name].to_numpy() for name in ("label", "height", "width", "image_xxh3")}
-        return RowGroup(
+        rows = RowGroup(
             where=where,
             images=memoryview(values).cast("B"),
             offsets=np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1],
@@ -141,6 +137,13 @@ class ShardReader:
             widths=columns["width"],
             checksums=columns["image_xxh3"],
         )
+        if not is_intact:
+            for row in range(table.num_rows):
+                rows.image(row)  # names the row, where it is an image that is damaged
+            raise DataError(
+                f"{where} differs from its checksum; expected what prepare wrote; restore the shard or prepare again"
+            )
+        return rows
 
     def _footer(self, url: str, shard: Shard) -> pq.FileMetaData:
         """Returns the footer of a shard, read once; threads may read it twice, to the same effect."""
@@ -150,14 +153,13 @@ class ShardReader:
                 raise DataError(
                     f"{url} holds {size} bytes; expected {shard.num_bytes}; restore the shard or prepare again"
                 )
-            length = FOOTER_BYTES
-            tail = storage.read_range(url, max(0, size - length), min(size, length))
-            length = int.from_bytes(tail[-8:-4], "little") + 8
-            if length > size:
-                raise ValueError(f"its footer claims {length} bytes")
-            if length > len(tail):
-                tail = storage.read_range(url, size - length, length)
-            self._footers[shard.path] = pq.read_metadata(pa.PythonFile(Window(tail, size - len(tail), size)))
+            start = 4 + sum(shard.row_group_bytes)
+            footer = storage.read_range(url, start, size - start)
+            if xxhash.xxh3_64_hexdigest(footer) != shard.footer_xxh3:
+                raise DataError(
+                    f"{url}: the footer differs from its checksum; expected what prepare wrote; restore the shard or prepare again"
+                )
+            self._footers[shard.path] = pq.read_metadata(pa.BufferReader(footer))
         return self._footers[shard.path]
 
 
@@ -214,7 +216,7 @@ class Loader:
         config: LoaderConfig | None = None,
         seed: int | None = None,
         augmentation: AugmentConfig | None = None,
-    ) -> None:  # noqa: PLR0913
+    ) -> None:
         """Prepares to read; opens nothing yet.
 
         Args:
@@ -225,7 +227,7 @@ class Loader:
             global_batch: Samples of one step on all ranks.
             image_size: Height and width of the images given, pixels; by default the data set's.
             config: Threads, read-ahead, lanes, remainder.
-            seed: Of the order and the augmentation; None reads in the stored order.
+            seed: Of the order and the augmentation; None shuffles nothing.
             augmentation: Random changes, for training alone.
         """
         self.manifest, self.split, self.world, self.global_batch = manifest, split, world, global_batch
@@ -252,31 +254,38 @@ class Loader:
             StorageError: The file system failed.
         """
         plan = self.plan(epoch)
+        num_in_work = max(self._config.prefetch_batches, self._threads)
+        num_ahead = 4 * self._config.prefetch_batches
         cache = GroupCache(self._reader, self._config.readahead_bytes)
         steps = (plan.step(index, self.world.rank, self.world.size) for index in range(start_step, plan.num_steps))
-        planned: collections.deque[Step] = collections.deque()
+        planned: collections.deque[tuple[Step, int]] = collections.deque()  # with the bytes that are read for it first
+        ahead_bytes = 0
         pending: collections.deque[tuple[Step, Future[Batch]]] = collections.deque()
         decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         try:
             while True:
-                while (
-                    len(planned) < 4 * self._config.prefetch_batches and cache.has_room and (step := next(steps, None))
-                ):
-                    cache.fetch(step)
-                    planned.append(step)
-                if (
-                    not planned and not pending and (step := next(steps, None))
-                ):  # a step larger than the read-ahead budget
-                    cache.fetch(step)
-                    planned.append(step)
-                while planned and len(pending) < max(self._config.prefetch_batches, self._threads):
-                    step = planned.popleft()
+                while len(pending) < num_in_work:
+                    if not planned and (step := next(steps, None)):
+                        planned.append((step, 0))
+                        cache.fetch(step)
+                    if not planned:
+                        break
+                    step, num_bytes = planned.popleft()
+                    ahead_bytes -= num_bytes
                     pending.append((step, decoders.submit(self._make, step, cache.groups(step), epoch)))
+                while (
+                    len(planned) < num_ahead
+                    and ahead_bytes < self._config.readahead_bytes
+                    and (step := next(steps, None))
+                ):
+                    planned.append((step, cache.fetch(step)))
+                    ahead_bytes += planned[-1][1]
                 if not pending:
                     return
                 step, future = pending.popleft()
-                yield future.result()
+                batch = future.result()
                 cache.release(step)
+                yield batch
         finally:
             decoders.shutdown(wait=False, cancel_futures=True)
             cache.close()
@@ -318,7 +327,8 @@ class Loader:
         if crop.shape[:2] != out.shape[:2]:
             shrinks = height * width > out.shape[0] * out.shape[1]
             interpolation = cv2.INTER_AREA if shrinks and self._seed is None else cv2.INTER_LINEAR
-            crop = cv2.resize(crop, (out.shape[1], out.shape[0]), interpolation=interpolation).reshape(out.shape)
+            resized = cv2.resize(crop, (out.shape[1], out.shape[0]), interpolation=interpolation)
+            crop = np.asarray(resized, np.uint8).reshape(out.shape)
         out[...] = crop[:, ::-1] if flip else crop
 
     def dataset(self, epoch: int = 0, start_step: int = 0) -> tf.data.Dataset:
@@ -337,32 +347,29 @@ class Loader:
                 yield batch.images, batch.labels, batch.weights
 
         dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
-        return dataset.apply(tf.data.experimental.assert_cardinality(self.plan(epoch).num_steps - start_step))
+        return dataset.apply(tf.data.experimental.assert_cardinality(max(0, self.plan(epoch).num_steps - start_step)))
 
 
 class GroupCache:
     """Row groups in memory: fetched by threads before their use, kept while a step needs them, and after that while there is room."""
 
     def __init__(self, reader: ShardReader, budget_bytes: int) -> None:
-        """Holds about `budget_bytes` of row groups, and whatever the steps in work need."""
+        """Holds what the fetched steps need; when that is less than `budget_bytes`, what earlier steps needed fills up the rest."""
         self._reader, self._budget_bytes = reader, budget_bytes
         self._futures: collections.OrderedDict[int, Future[RowGroup]] = collections.OrderedDict()
         self._uses: collections.Counter[int] = collections.Counter()
         self._num_bytes = 0
         self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
 
-    @property
-    def has_room(self) -> bool:
-        """Tells whether the steps in work leave room for more."""
-        return sum(self._reader.num_bytes(group) for group in self._uses) < self._budget_bytes
-
-    def fetch(self, step: Step) -> None:
-        """Starts reading what `step` needs."""
+    def fetch(self, step: Step) -> int:
+        """Starts reading what `step` needs and no step before it has needed; returns how many bytes that is."""
+        before = self._num_bytes
         for group in {int(group): None for group in step.groups}:
             self._uses[group] += 1
             if group not in self._futures:
                 self._futures[group] = self._pool.submit(self._reader.read, group)
                 self._num_bytes += self._reader.num_bytes(group)
+        return self._num_bytes - before
 
     def groups(self, step: Step) -> dict[int, Future[RowGroup]]:
         """Returns the row groups of a fetched step, some of them still being read."""

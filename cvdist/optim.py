@@ -33,13 +33,20 @@ def make_optimizer(config: OptimConfig, lr: float) -> keras.optimizers.Optimizer
     optimizer: keras.optimizers.Optimizer
     match config.name:
         case "sgd":
-            optimizer = keras.optimizers.SGD(lr, momentum=config.momentum, weight_decay=decay, global_clipnorm=clip)
+            optimizer = keras.optimizers.SGD(
+                lr,
+                momentum=0.9 if config.momentum is None else config.momentum,
+                weight_decay=decay,
+                global_clipnorm=clip,
+            )
         case "adam":
             optimizer = keras.optimizers.Adam(lr, weight_decay=decay, global_clipnorm=clip)
         case "adamw":
             optimizer = keras.optimizers.AdamW(lr, weight_decay=config.weight_decay, global_clipnorm=clip)
         case "rmsprop":
-            optimizer = keras.optimizers.RMSprop(lr, momentum=config.momentum, weight_decay=decay, global_clipnorm=clip)
+            optimizer = keras.optimizers.RMSprop(
+                lr, momentum=config.momentum or 0.0, weight_decay=decay, global_clipnorm=clip
+            )
         case _:
             raise ConfigError(
                 f"optim.name: {config.name!r} is unknown; expected sgd, adam, adamw or rmsprop; choose one of these"

@@ -55,7 +55,7 @@ class EpochPlan:
         Args:
             split: What is read.
             global_batch: Samples of one step on all ranks.
-            seed: Of the shuffle; None keeps the stored order, for evaluation.
+            seed: Of the shuffle; None shuffles nothing, for evaluation: each lane keeps the stored order.
             epoch: Which epoch, from 0; each has an order of its own.
             num_lanes: Upper limit of lanes.
             remainder: pad fills the last batch with samples of weight 0; drop leaves the last samples of the order out.

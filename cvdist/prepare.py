@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from cvdist import sources, storage
 from cvdist.config import PrepareConfig, dump
 from cvdist.errors import ConfigError, DataError
-from cvdist.images import ImageSpec, Rejected, convert
+from cvdist.images import MAX_BYTES, ImageSpec, Rejected, convert
 from cvdist.shards import (
     MANIFEST_NAME,
     VERSION,
@@ -40,6 +41,8 @@ WORK_FOLDER = "_prepare"
 LISTING_NAME = "listing.parquet"
 JOB_NAME = "job.json"
 QUARANTINE_NAME = "quarantine.parquet"
+# A shard, or the temporary file of one, that a killed or doubled task has left.
+SHARD_FILE = re.compile(r"shard-\d+\.parquet|\.shard-\d+\.parquet\.[0-9a-f]{32}\.tmp")
 SPLIT_ORDER = ("train", "val", "test")
 READ_THREADS = 8
 PROBE_IMAGES = 32
@@ -117,13 +120,14 @@ def start(config: PrepareConfig) -> Job | Manifest:
     found = sources.class_folders(source, config.split_shares(), config.seed)
     digest = job_digest(config, found)
     existing = check_target(config, digest)
+    work = storage.join(target, WORK_FOLDER)
     if existing is not None:
+        storage.delete(work, recursive=True)  # where the run that wrote the manifest was killed just behind it
         return existing
     order, shards = assign(found.table, config)
     job = Job(
         config, tuple(found.classes), tuple(shards), found.table.num_rows + found.num_skipped, found.num_skipped, digest
     )
-    work = storage.join(target, WORK_FOLDER)
     with storage.create(storage.join(work, LISTING_NAME), overwrite=True) as stream:
         writer = pq.ParquetWriter(pa.PythonFile(stream, mode="w"), sources.SCHEMA, compression="ZSTD")
         for part in order:
@@ -164,12 +168,13 @@ def check_target(config: PrepareConfig, digest: str) -> Manifest | None:
         raise DataError(
             f"{target} holds another data set ({difference(manifest.settings, settings(config))}); {ANOTHER_TARGET}"
         )
-    if WORK_FOLDER in names:
-        job = json.loads(storage.read_bytes(storage.join(target, WORK_FOLDER, JOB_NAME)))
+    job_url = storage.join(target, WORK_FOLDER, JOB_NAME)
+    if WORK_FOLDER in names and storage.exists(job_url):
+        job = json.loads(storage.read_bytes(job_url))
         if job["digest"] != digest:
             found = difference(job["settings"], settings(config))
             raise DataError(f"{target} holds an unfinished other data set ({found}); {ANOTHER_TARGET}")
-    elif names:
+    elif names - {WORK_FOLDER}:
         raise DataError(
             f"{target} holds {len(names)} files or folders that are no data set ({min(names)}, ...); {ANOTHER_TARGET}"
         )
@@ -215,11 +220,16 @@ def num_shards(probe: pa.Table, num_rows: int, config: PrepareConfig) -> int:
     A small split is cut into several all the same, so that several tasks can write it.
     """
     spec = image_spec(config)
-    urls = [storage.join(config.source_url, path) for path in probe["path"].to_pylist()]
-    samples = [convert(storage.read_bytes(url), spec) for url in urls]
+    inputs = [read_input(config.source_url, entry) for entry in probe.to_pylist()]
+    samples = [convert(data, spec) for data in inputs if isinstance(data, bytes)]
     sizes = [len(sample.image) for sample in samples if not isinstance(sample, Rejected)] or [1]
     by_bytes = -(-int(np.mean(sizes) * num_rows) // config.shard_bytes)
-    return max(1, by_bytes, min(num_rows // MIN_SHARD_ROWS, MAX_SMALL_SHARDS))
+    return max(1, min(by_bytes, num_rows), min(num_rows // MIN_SHARD_ROWS, MAX_SMALL_SHARDS))
+
+
+def shard_path(split: str, number: int) -> str:
+    """Returns where a shard lies below the data set."""
+    return f"{split}/shard-{number:05d}.parquet"
 
 
 def write_shard(job: Job, index: int) -> ShardResult:
@@ -229,8 +239,7 @@ def write_shard(job: Job, index: int) -> ShardResult:
         StorageError: An input cannot be read or the shard not be written; the task may be tried again.
     """
     config, spec = job.config, image_spec(job.config)
-    split, number = job.shards[index]
-    path = f"{split}/shard-{number:05d}.parquet"
+    split, path = job.shards[index][0], shard_path(*job.shards[index])
     listing_url = storage.join(config.target_url, WORK_FOLDER, LISTING_NAME)
     with storage.open_read(listing_url) as stream:
         inputs = pq.ParquetFile(pa.PythonFile(stream, mode="r")).read_row_group(index, use_threads=False).to_pylist()
@@ -239,13 +248,11 @@ def write_shard(job: Job, index: int) -> ShardResult:
     with storage.create(storage.join(config.target_url, path), overwrite=True) as stream:
         writer = ShardWriter(stream, config.row_group_bytes)
         for entry, data in read_ahead(config.source_url, inputs):
-            sha256 = hashlib.sha256(data).hexdigest()
-            sample = convert(data, spec)
+            sha256 = "" if isinstance(data, Rejected) else hashlib.sha256(data).hexdigest()
+            sample = data if isinstance(data, Rejected) else convert(data, spec)
             if isinstance(sample, Rejected):
-                reason = {"reason": sample.reason, "detail": sample.detail}
-                quarantined.append(
-                    {"path": entry["path"], "split": split, "size_bytes": len(data), "sha256": sha256, **reason}
-                )
+                found = {"path": entry["path"], "split": split, "size_bytes": entry["size_bytes"], "sha256": sha256}
+                quarantined.append({**found, **dataclasses.asdict(sample)})
             else:
                 writer.add(Row(entry["path"], entry["label"], sample.image, sample.height, sample.width, sha256))
                 class_rows[entry["label"]] += 1
@@ -253,12 +260,19 @@ def write_shard(job: Job, index: int) -> ShardResult:
     return ShardResult(split, shard, dict(class_rows), tuple(quarantined))
 
 
-def read_ahead(source_url: str, inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
+def read_input(source_url: str, entry: dict[str, Any]) -> bytes | Rejected:
+    """Returns the bytes of a listed file, or why it is not read."""
+    if entry["size_bytes"] > MAX_BYTES:
+        return Rejected("too_many_bytes", f"{entry['size_bytes']} bytes; expected at most {MAX_BYTES}")
+    return storage.read_bytes(storage.join(source_url, entry["path"]))
+
+
+def read_ahead(source_url: str, inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | Rejected]]:
     """Yields inputs with their bytes, in order, read by a few threads at once."""
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read") as pool:
         pending: collections.deque[Any] = collections.deque()
         for entry in inputs:
-            pending.append((entry, pool.submit(storage.read_bytes, storage.join(source_url, entry["path"]))))
+            pending.append((entry, pool.submit(read_input, source_url, entry)))
             if len(pending) == 2 * READ_THREADS:
                 first, data = pending.popleft()
                 yield first, data.result()
@@ -271,7 +285,7 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
     """Counts what the shards hold, and writes quarantine, Petastorm metadata and, last, the manifest.
 
     Raises:
-        DataError: Too many inputs were rejected, or a class lost all its training images; the shards are removed.
+        DataError: Too many inputs were rejected, or a split or class lost all its images; the shards are removed.
     """
     config, target = job.config, job.config.target_url
     quarantined = [entry for result in results for entry in result.quarantined]
@@ -289,17 +303,19 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
         settings=settings(config),
     )
     counted = manifest.num_rows + manifest.num_quarantined + manifest.num_skipped
-    if counted != job.num_inputs:
-        raise DataError(f"{target}: {counted} inputs are accounted for; expected {job.num_inputs}; run prepare again")
+    paths = sorted(result.shard.path for result in results)
+    if counted != job.num_inputs or paths != sorted(shard_path(*shard) for shard in job.shards):
+        raise DataError(
+            f"{target}: {counted} inputs in {len(paths)} shards are accounted for;"
+            f" expected {job.num_inputs} in {len(job.shards)}, each shard once; run prepare again"
+        )
     try:
         check_quarantine(job, manifest, quarantined)
     except DataError:
         for name in (*manifest.splits, WORK_FOLDER):
             storage.delete(storage.join(target, name), recursive=True)
         raise
-    for result in results:
-        if not result.shard.num_rows:
-            storage.delete(storage.join(target, result.shard.path))
+    remove_leftovers(target, manifest)
     if quarantined:
         with storage.create(storage.join(target, QUARANTINE_NAME), overwrite=True) as stream:
             buffer = io.BytesIO()
@@ -314,6 +330,16 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
     return manifest
 
 
+def remove_leftovers(target: str, manifest: Manifest) -> None:
+    """Deletes shards without rows, and what killed tasks have left behind."""
+    for name, split in manifest.splits.items():
+        kept = {shard.path for shard in split.shards}
+        for entry in storage.list_dir(storage.join(target, name)):
+            file = storage.name(entry.url)
+            if SHARD_FILE.fullmatch(file) and f"{name}/{file}" not in kept:
+                storage.delete(entry.url)
+
+
 def make_split(name: str, results: Sequence[ShardResult], num_classes: int) -> Split:
     """Gathers the shards of one split that hold rows, in order."""
     mine = [result for result in results if result.split == name]
@@ -324,7 +350,7 @@ def make_split(name: str, results: Sequence[ShardResult], num_classes: int) -> S
 
 
 def check_quarantine(job: Job, manifest: Manifest, quarantined: Sequence[dict[str, Any]]) -> None:
-    """Raises DataError when more inputs were rejected than allowed, or a class has no training image left."""
+    """Raises DataError when more inputs were rejected than allowed, or a split or a class in train has no image left."""
     limit = job.config.max_bad_fraction
     num_images = job.num_inputs - job.num_skipped
     if len(quarantined) > limit * num_images:
@@ -333,6 +359,11 @@ def check_quarantine(job: Job, manifest: Manifest, quarantined: Sequence[dict[st
             f"{job.config.source_url}: {len(quarantined)} of {num_images} images cannot be used, first {first['path']}"
             f" ({first['reason']}: {first['detail']}); expected at most {limit:.2%}; repair or remove them, or raise --max_bad_fraction"
         )
+    for name, split in manifest.splits.items():
+        if not split.num_rows:
+            raise DataError(
+                f"{job.config.source_url}: split {name!r} has no usable image; expected at least one; add images, or remove it"
+            )
     for label, rows in enumerate(manifest.splits["train"].class_rows if "train" in manifest.splits else ()):
         if not rows:
             raise DataError(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from cvdist import storage
-from cvdist.errors import DataError
+from cvdist.errors import DataError, NotFoundError
 from cvdist.images import ImageSpec
 
 FORMAT = "cvdist"
@@ -60,7 +60,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One Parquet file: its path below the data set, its size, its hash, and the rows and bytes of each row group."""
+    """One Parquet file below the data set, and how it is cut.
+
+    Row groups lie behind each other, from the 4 bytes of the magic to the footer. A reader compares the checksum of each part that
+    it reads, so that neither a flipped byte nor another file under this name is taken for data.
+
+    Attributes:
+        path: Relative to the data set.
+        num_rows: Samples.
+        num_bytes: Size of the file.
+        sha256: Of the whole file.
+        row_group_rows: Samples of each row group.
+        row_group_bytes: Bytes of each row group.
+        row_group_xxh3: xxHash3-64 of those bytes, in hex.
+        footer_xxh3: xxHash3-64 of all that follows the last row group.
+    """
 
     path: str
     num_rows: int
@@ -68,6 +82,8 @@ class Shard:
     sha256: str
     row_group_rows: tuple[int, ...]
     row_group_bytes: tuple[int, ...]
+    row_group_xxh3: tuple[str, ...]
+    footer_xxh3: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +155,10 @@ def read_manifest(url: str) -> Manifest:
     manifest_url = storage.join(url, MANIFEST_NAME)
     try:
         data = storage.read_bytes(manifest_url)
-    except storage.NotFoundError:
+    except NotFoundError:
         raise DataError(
-            f"{manifest_url} does not exist; expected a prepared data set; correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}"
+            f"{manifest_url} does not exist; expected a prepared data set;"
+            f" correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}"
         ) from None
     try:
         body = json.loads(data)
@@ -163,11 +180,11 @@ def parse_manifest(body: dict[str, Any]) -> Manifest:
     """Builds a Manifest of its verified JSON."""
     splits = {}
     for name, split in body.pop("splits").items():
-        shards = tuple(
-            Shard(**{key: tuple(value) if isinstance(value, list) else value for key, value in shard.items()})
+        shards: list[dict[str, Any]] = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in shard.items()}
             for shard in split["shards"]
-        )
-        splits[name] = Split(shards, tuple(split["class_rows"]))
+        ]
+        splits[name] = Split(tuple(Shard(**shard) for shard in shards), tuple(split["class_rows"]))
     return Manifest(classes=tuple(body.pop("classes")), image=ImageSpec(**body.pop("image")), splits=splits, **body)
 
 
@@ -177,10 +194,9 @@ class ShardWriter:
     Deterministic: the same rows give the same bytes with the same version of pyarrow.
     """
 
-    def __init__(self, stream: BinaryIO, row_group_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO | io.RawIOBase, row_group_bytes: int) -> None:
         """Starts a file on `stream`, which the caller opens and closes."""
         self._stream = HashingStream(stream)
-        self._metadata: list[pq.FileMetaData] = []
         self._writer = pq.ParquetWriter(
             pa.PythonFile(self._stream, mode="w"),
             SCHEMA,
@@ -188,9 +204,10 @@ class ShardWriter:
             use_dictionary=False,
             write_statistics=False,
             store_schema=False,
-            metadata_collector=self._metadata,
         )
+        self._stream.cut()  # the magic
         self._row_group_bytes = row_group_bytes
+        self._groups: list[tuple[int, int, str]] = []  # rows, bytes, checksum
         self._rows: list[Row] = []
         self._pending_bytes = 0
 
@@ -217,38 +234,37 @@ class ShardWriter:
             pa.array([row.source_sha256 for row in rows], pa.string()),
         ]
         self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(rows))
+        self._groups.append((len(rows), *self._stream.cut()))
         self._rows, self._pending_bytes = [], 0
 
     def close(self, path: str) -> Shard:
         """Writes what is pending and the footer; returns the entry of the manifest."""
         self._flush()
         self._writer.close()
-        metadata = self._metadata[0]
+        _, footer_xxh3 = self._stream.cut()
+        rows, num_bytes, checksums = zip(*self._groups, strict=True) if self._groups else ((), (), ())
         return Shard(
             path=path,
-            num_rows=metadata.num_rows,
+            num_rows=sum(rows),
             num_bytes=self._stream.num_bytes,
             sha256=self._stream.sha256.hexdigest(),
-            row_group_rows=tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)),
-            row_group_bytes=row_group_stretches(metadata, self._stream.num_bytes),
+            row_group_rows=tuple(rows),
+            row_group_bytes=tuple(num_bytes),
+            row_group_xxh3=tuple(checksums),
+            footer_xxh3=footer_xxh3,
         )
 
 
-def row_group_stretches(metadata: Any, num_bytes: int) -> tuple[int, ...]:
-    """Returns the bytes from the start of each row group to the next one's, or to the footer."""
-    starts = [metadata.row_group(index).column(0).data_page_offset for index in range(metadata.num_row_groups)]
-    footer = num_bytes - 8 - metadata.serialized_size
-    return tuple(end - start for start, end in zip(starts, [*starts[1:], footer], strict=bool(starts)))
-
-
 class HashingStream(io.RawIOBase):
-    """Passes writes on while hashing and counting them."""
+    """Passes writes on while hashing and counting them, as a whole and since the last cut."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO | io.RawIOBase) -> None:
         """Wraps a writable binary stream."""
         self._stream = stream
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
+        self._cut_bytes = 0
+        self._xxh3 = xxhash.xxh3_64()
 
     def writable(self) -> bool:
         """True: this is for writing only."""
@@ -258,8 +274,15 @@ class HashingStream(io.RawIOBase):
         """Writes all of `data`."""
         self._stream.write(data)
         self.sha256.update(data)
+        self._xxh3.update(data)
         self.num_bytes += len(data)
         return len(data)
+
+    def cut(self) -> tuple[int, str]:
+        """Returns how many bytes were written since the last cut, and their xxHash3-64 in hex."""
+        piece = self.num_bytes - self._cut_bytes, self._xxh3.hexdigest()
+        self._cut_bytes, self._xxh3 = self.num_bytes, xxhash.xxh3_64()
+        return piece
 
     def tell(self) -> int:
         """Bytes written so far."""

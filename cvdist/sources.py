@@ -22,7 +22,10 @@ SCHEMA = pa.schema([("path", pa.string()), ("size_bytes", pa.int64()), ("label",
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a source holds: the table above, the class names in label order, and how many files were passed over."""
+    """What a source holds: the table above, the class names in label order, and how many files were passed over.
+
+    Passed over are files without an image's suffix, hidden ones, and those beside the class folders.
+    """
 
     table: pa.Table
     classes: list[str]
@@ -61,6 +64,7 @@ def class_folders(url: str, shares: dict[str, float], seed: int) -> Listing:
         found += [(*row, canonical_split(folder)) for row in rows]
         by_split[folder] = set(classes)
         num_skipped += skipped
+    num_skipped += num_files(url)
     classes = sorted(by_split.get("train", set()))
     if "train" not in by_split:
         raise DataError(
@@ -87,11 +91,11 @@ def list_classes(url: str, split_folder: str) -> tuple[list[tuple[str, int, str]
     top = storage.join(url, split_folder) if split_folder else url
     classes = subfolders(top)
     rows: list[tuple[str, int, str]] = []
-    num_skipped = sum(not entry.is_dir for entry in storage.list_dir(top))
+    num_skipped = num_files(top)
     for name in classes:
         before = len(rows)
         for entry in storage.walk_files(storage.join(top, name)):
-            if is_image_name(storage.name(entry.url)):
+            if is_image_path(storage.relative(entry.url, top)):
                 rows.append((storage.relative(entry.url, url), entry.size_bytes, name))
             else:
                 num_skipped += 1
@@ -103,9 +107,22 @@ def list_classes(url: str, split_folder: str) -> tuple[list[tuple[str, int, str]
     return rows, classes, num_skipped
 
 
-def is_image_name(name: str) -> bool:
-    """Tells whether a file's name promises an image; hidden files do not."""
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def num_files(url: str) -> int:
+    """Returns how many files lie directly in a folder."""
+    return sum(not entry.is_dir for entry in storage.list_dir(url))
+
+
+def is_image_path(path: str) -> bool:
+    """Tells whether a file's name promises an image; hidden files, and those in hidden folders, do not.
+
+    Raises:
+        DataError: The name is not valid Unicode.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path!a}: the name is not valid Unicode; expected one that is; rename the file") from None
+    return not any(part.startswith(".") for part in path.split("/")) and path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def require_classes(url: str, classes: list[str]) -> None:

@@ -42,7 +42,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     import tensorflow as tf
 
     from cvdist import augment, checkpoint, comm, metrics, models, optim
-    from cvdist.evaluate import Evaluator
+    from cvdist.evaluate import Evaluator, summary
     from cvdist.loader import Loader
     from cvdist.shards import read_manifest
 
@@ -60,13 +60,11 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
         )
         optimizer = comm.DistributedOptimizer(optim.make_optimizer(config.optim, plan.lr), world)
         optimizer.build(model.trainable_variables)
-        start = open_run(config, manifest, report) if world.rank == 0 else None
-        if start is not None:
-            checkpoint.restore(start, model, optimizer, model_name=config.model)
+        done_steps = open_run(config, manifest, model, optimizer, report) if world.rank == 0 else 0
     except CvdistError as error:
         failure = error
     comm.all_ranks_ok(world, failure)
-    done_steps = int(comm.allreduce_sum([start.state.step if start else 0], world)[0])
+    done_steps = int(comm.allreduce_sum([done_steps], world)[0])
     variables = [*model.variables, *optimizer.variables]
     comm.broadcast(variables, world)
     report.show_run(config, plan, models.describe(model), done_steps)
@@ -167,7 +165,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
             if saves or evaluates:  # moving statistics are each rank's own until someone reads them
                 comm.average(moving, world)
             if evaluates and evaluator:
-                result = {"split": plan.eval_split, **evaluator.run(logits_of).result()}
+                result = summary(evaluator.split, evaluator.run(logits_of))
                 history.add(step=step, epoch=epoch, evaluation=result)
                 report.evaluation(step, result)
                 meter.restart()
@@ -243,16 +241,15 @@ def run_state(config: TrainConfig, manifest: Manifest, step: int, epochs_done: i
     )
 
 
-def open_run(config: TrainConfig, manifest: Manifest, report: Reporter) -> Checkpoint | None:
-    """Makes the folder of the run, on rank zero; returns the checkpoint to go on from, if any.
+def open_run(config: TrainConfig, manifest: Manifest, model: Any, optimizer: Any, report: Reporter) -> int:
+    """Makes the folder of the run or goes on from its newest good checkpoint, on rank zero; returns the steps that are done.
 
     Raises:
         ConfigError: The folder holds a run and resume was not asked for.
-        CheckpointError: The checkpoint is of a run with another data set or order.
+        CheckpointError: The checkpoint is of another model, data set or order. Nothing has been written then.
     """
     from cvdist import checkpoint
 
-    config_url = storage.join(config.run, CONFIG_NAME)
     start = None
     if config.resume:
         start = checkpoint.latest(config.run, report.say)
@@ -263,18 +260,25 @@ def open_run(config: TrainConfig, manifest: Manifest, report: Reporter) -> Check
             f"run: {config.run} holds a run already; expected a new folder; use --resume to go on, or another --run URL"
         )
     if start is not None:
-        if start.state.data_digest != manifest.digest:
+        check_order(start, config, manifest)
+        checkpoint.restore(start, model, optimizer, model_name=config.model)
+    storage.write_text(storage.join(config.run, CONFIG_NAME), json.dumps(dump(config), indent=1), overwrite=True)
+    return start.state.step if start is not None else 0
+
+
+def check_order(start: Checkpoint, config: TrainConfig, manifest: Manifest) -> None:
+    """Raises CheckpointError unless the run that saved `start` read the same samples in the same order."""
+    if start.state.data_digest != manifest.digest:
+        raise CheckpointError(
+            f"{start.url} was trained on another data set than {config.data}; expected the same;"
+            " correct --data, or use another --run URL"
+        )
+    for name, value in order_settings(config).items():
+        if start.state.extra[name] != value:
             raise CheckpointError(
-                f"{start.url} was trained on another data set than {config.data}; expected the same; correct --data, or use another --run URL"
+                f"{start.url} was trained with {name} {start.state.extra[name]!r}; expected {value!r} as this run asks for;"
+                f" use --{name} {start.state.extra[name]}, or another --run URL"
             )
-        for name, value in order_settings(config).items():
-            if start.state.extra[name] != value:
-                raise CheckpointError(
-                    f"{start.url} was trained with {name} {start.state.extra[name]!r}; expected {value!r} as this run asks for;"
-                    f" use --{name} {start.state.extra[name]}, or another --run URL"
-                )
-    storage.write_bytes(config_url, json.dumps(dump(config), indent=1).encode(), overwrite=True)
-    return start
 
 
 class History:
@@ -296,8 +300,7 @@ class History:
     def write(self) -> None:
         """Writes all lines."""
         if self._active:
-            text = "".join(json.dumps(line) + "\n" for line in self._lines)
-            storage.write_text(self._url, text, overwrite=True)
+            storage.write_text(self._url, "".join(json.dumps(line) + "\n" for line in self._lines), overwrite=True)
 
 
 if __name__ == "__main__":

@@ -52,18 +52,23 @@ step() {
   set -e
   if [ $status -ne 0 ]; then
     printf 'failed after %s\n\n' "$(seconds_since "$begin")"
-    tail -n 30 "$log" >&2
+    tail -n 30 "$log" | cut -c1-400 >&2
     printf '\nsetup: step "%s" failed with status %d; the whole log is %s\n' "$name" "$status" "$log" >&2
     exit 1
   fi
   printf '%s\n' "$(seconds_since "$begin")"
 }
 
-# pip cut off in the middle may leave a package that looks installed, so the environment is marked for as long as it runs.
+# pip cut off in the middle may leave a package that looks installed, so the environment is marked for as long as pip runs.
+# A pip that gave up before it installed anything (no network, say) has done no harm: then the mark goes.
 pip_install() {
+  local status=0
   touch "$unfinished"
-  "$venv/bin/python" -m pip install "$@"
-  rm "$unfinished"
+  "$venv/bin/python" -m pip install "$@" | tee "$state/pip.out" || status=$?
+  if [ $status -eq 0 ] || { [ $status -eq 1 ] && ! grep -q '^Installing collected packages' "$state/pip.out"; }; then
+    rm "$unfinished"
+  fi
+  return $status
 }
 
 # ------------------------------------------------------------------------------------------------- what each step is made of

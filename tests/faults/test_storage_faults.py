@@ -60,7 +60,9 @@ def fragile_url(fragile: LocalHdfs, request: pytest.FixtureRequest) -> str:
 
 
 class TestNameNode:
-    @pytest.mark.parametrize("call", [storage.exists, storage.list_dir, storage.read_bytes, lambda url: storage.write_bytes(url, b"")])
+    @pytest.mark.parametrize(
+        "call", [storage.exists, storage.list_dir, storage.read_bytes, lambda url: storage.write_bytes(url, b"")]
+    )
     def test_one_that_is_not_there_is_named_within_ten_seconds(self, call: Callable[[str], object]) -> None:
         with socket.socket() as free:
             free.bind((HOST, 0))
@@ -83,13 +85,17 @@ class TestNameNode:
                 client.connect_ex(full.getsockname())
             address = f"{HOST}:{full.getsockname()[1]}"
             started_s = time.monotonic()
-            with pytest.raises(StorageError, match=rf"hdfs://{address} does not answer \(timed out\); expected a running NameNode"):
+            with pytest.raises(
+                StorageError, match=rf"hdfs://{address} does not answer \(timed out\); expected a running NameNode"
+            ):
                 storage.exists(f"hdfs://{address}/data")
             assert time.monotonic() - started_s < 10
 
     def test_a_host_that_does_not_exist_is_named_within_ten_seconds(self) -> None:
         started_s = time.monotonic()
-        with pytest.raises(StorageError, match=r"hdfs://no-such-host\.invalid:9000 does not answer \(.*(name|resol).*\)"):
+        with pytest.raises(
+            StorageError, match=r"hdfs://no-such-host\.invalid:9000 does not answer \(.*(name|resol).*\)"
+        ):
             storage.exists("hdfs://no-such-host.invalid:9000/data")
         assert time.monotonic() - started_s < 10
 
@@ -117,10 +123,16 @@ class TestNameNode:
         previous = signal.signal(signal.SIGALRM, lambda *_: ticks.append(time.monotonic()))
         fragile.freeze("namenode")
         try:
-            for call in (storage.exists, storage.list_dir, lambda url: storage.write_bytes(storage.join(url, "a"), b"")):
+            for call in (
+                storage.exists,
+                storage.list_dir,
+                lambda url: storage.write_bytes(storage.join(url, "a"), b""),
+            ):
                 started_s = time.monotonic()
                 signal.setitimer(signal.ITIMER_REAL, 0.5)
-                with pytest.raises(StorageError, match=rf"{fragile.url}.*: no answer in 2 s; expected a file system that responds"):
+                with pytest.raises(
+                    StorageError, match=rf"{fragile.url}.*: no answer in 2 s; expected a file system that responds"
+                ):
                     call(fragile_url)
                 assert 1.9 < time.monotonic() - started_s < 3
                 assert 0.4 < ticks[-1] - started_s < 1
@@ -136,7 +148,10 @@ class TestNameNode:
         storage.write_bytes(storage.join(fragile_url, "a"), b"old")
         monkeypatch.setenv("CVDIST_STORAGE_DEADLINE_S", "2")
         for name in ("a", "b"):
-            with pytest.raises(StorageError, match="no answer in 2 s"), storage.create(storage.join(fragile_url, name), True) as file:
+            with (
+                pytest.raises(StorageError, match="no answer in 2 s"),
+                storage.create(storage.join(fragile_url, name), True) as file,
+            ):
                 file.write(b"x" * (9 * MIB))
                 fragile.freeze("namenode")
             fragile.thaw("namenode")
@@ -170,7 +185,9 @@ class TestNameNode:
 
 class TestDataNodes:
     @pytest.mark.parametrize("victim", ["datanode1", "datanode2"])
-    def test_killing_one_during_a_read_gives_the_right_data(self, fragile: LocalHdfs, fragile_url: str, victim: str) -> None:
+    def test_killing_one_during_a_read_gives_the_right_data(
+        self, fragile: LocalHdfs, fragile_url: str, victim: str
+    ) -> None:
         data = random.Random(1).randbytes(40 * MIB)
         storage.write_bytes(storage.join(fragile_url, "a"), data)
         with storage.open_read(storage.join(fragile_url, "a")) as file:
@@ -180,13 +197,13 @@ class TestDataNodes:
         assert storage.read_range(storage.join(fragile_url, "a"), 20 * MIB, 10 * MIB) == data[20 * MIB : 30 * MIB]
 
     @pytest.mark.parametrize("victim", ["datanode1", "datanode2"])
-    def test_a_frozen_one_is_passed_over_within_the_deadline(self, fragile: LocalHdfs, fragile_url: str, victim: str) -> None:
+    def test_a_frozen_one_is_passed_over_within_the_deadline(
+        self, fragile: LocalHdfs, fragile_url: str, victim: str
+    ) -> None:
         data = random.Random(2).randbytes(4 * MIB)
         storage.write_bytes(storage.join(fragile_url, "a"), data)
         fragile.freeze(victim)
-        program = (
-            "import hashlib, sys; from cvdist import storage; print(hashlib.md5(storage.read_bytes(sys.argv[1])).hexdigest())"
-        )
+        program = "import hashlib, sys; from cvdist import storage; print(hashlib.md5(storage.read_bytes(sys.argv[1])).hexdigest())"
         done = run(program, storage.join(fragile_url, "a"), CVDIST_STORAGE_DEADLINE_S="8")
         import hashlib
 
@@ -214,7 +231,9 @@ class TestDataNodes:
 class TestFullDisk:
     @pytest.fixture
     def small_disk(self, tmp_path: Path) -> Iterator[str]:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, text=True
+        )
         if mounted.returncode:
             pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
         yield f"file://{tmp_path}"
@@ -223,7 +242,9 @@ class TestFullDisk:
     def test_it_is_named_with_its_room_and_nothing_is_left(self, small_disk: str) -> None:
         storage.write_bytes(storage.join(small_disk, "old"), b"o" * 300_000)
         for name, overwrite in (("new", False), ("old", True)):
-            with pytest.raises(StorageError, match=rf"{small_disk}/{name}: the disk is full \(\d+ bytes free there\); expected room"):
+            with pytest.raises(
+                StorageError, match=rf"{small_disk}/{name}: the disk is full \(\d+ bytes free there\); expected room"
+            ):
                 storage.write_bytes(storage.join(small_disk, name), bytes(2 * MIB), overwrite)
             assert [storage.name(entry.url) for entry in storage.list_dir(small_disk)] == ["old"]
         assert storage.read_bytes(storage.join(small_disk, "old")) == b"o" * 300_000

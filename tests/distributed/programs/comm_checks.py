@@ -230,6 +230,18 @@ def other_model_on_last_rank() -> dict[str, Any]:
     return message_of(lambda: comm.broadcast(variables, WORLD))
 
 
+def out_of_step() -> dict[str, Any]:
+    """The last rank calls something else than the others, or with something else."""
+    last = SIZE - 1 == RANK and SIZE > 1
+    found = {
+        "shape": message_of(lambda: comm.allreduce_sum(np.zeros(0 if last else 3), WORLD)),
+        "type": message_of(lambda: comm.allreduce_sum(np.zeros(3, np.int64 if last else np.float64), WORLD)),
+        "call": message_of(lambda: comm.barrier(WORLD) if last else comm.allreduce_sum([1], WORLD)),
+    }
+    comm.barrier(WORLD)  # and the next call works again
+    return found
+
+
 def seconds_for_large() -> dict[str, float]:
     """Seconds for 64 MiB of weights."""
     variables = [keras.Variable(np.full((1 << 20,), RANK, np.float32)) for _ in range(16)]
@@ -273,6 +285,7 @@ results: dict[str, Any] = {
     "perturbed_zero": perturbed(0),
     "overflow": overflow(),
     "other_model": other_model_on_last_rank(),
+    "out_of_step": out_of_step(),
     "seconds": seconds_for_large(),
 }
 if SIZE > 1:

@@ -29,7 +29,7 @@ class DriftingSGD(keras.optimizers.SGD):
 
 def make_drifting(config: Any, lr: float) -> keras.optimizers.Optimizer:
     DriftingSGD.world = comm.init()
-    return DriftingSGD(lr, momentum=config.momentum)
+    return DriftingSGD(lr, momentum=0.9)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from cvdist import comm
 from cvdist.errors import CvdistError
 
 folder, late_s, comm.START_S = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-rank, size = comm._launched("HOROVOD_RANK", 0), comm._launched("HOROVOD_SIZE", 1)
+rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 if rank == size - 1:
     time.sleep(late_s)
 started_s = time.monotonic()
@@ -21,3 +22,4 @@ try:
 except CvdistError as error:
     text = str(error)
 (folder / f"rank-{rank}.json").write_text(json.dumps({"text": text, "seconds": time.monotonic() - started_s}))
+sys.exit(text != "joined")
