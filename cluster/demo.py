@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 NUM_VAL = 5_000
+NOTICE = r"WARNING: All log messages before absl|[IWE]0000 |To enable the following instructions"
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,14 +71,26 @@ def main() -> int:
     for name, command in steps.items():
         say(f"\n{name}\n  $ {command}")
         started_s = time.monotonic()
-        code = subprocess.run(
-            shlex.split(command), check=False, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-        ).returncode
+        code = run_step(command)
         if code:
             return code
         say(f"  ({time.monotonic() - started_s:.0f} s)")
     say(f"\nimages   {source}\ndata     {data}\nrun      {run}")
     return 0
+
+
+def run_step(command: str) -> int:
+    """Runs a step and returns its exit code; TensorFlow's start-up notices, which horovodrun cannot be told to omit, are left out."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYSPARK_PYTHON": sys.executable}
+    with subprocess.Popen(
+        shlex.split(command), env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if not re.match(NOTICE, line):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+    return process.returncode
 
 
 def say(text: str) -> None:

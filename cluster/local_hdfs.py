@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -155,6 +156,8 @@ class LocalHdfs:
         if name in self.running():
             self.kill(name)
         self._spawn(name)
+        if name != "namenode":  # which for a while still counts the one that has gone
+            self._wait(lambda: self._is_registered(name), f"the {name} to register")
         self.wait_live(len([other for other in self.running() if other != "namenode"]))
 
     def running(self) -> list[str]:
@@ -167,33 +170,42 @@ class LocalHdfs:
         Raises:
             SetupError: A process ended meanwhile, or the time is over.
         """
+        self._wait(lambda: self.live_datanodes() == datanodes, f"{datanodes} live DataNodes", timeout_s)
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
+        """Waits for something as long as all processes stay."""
         end_s = time.monotonic() + timeout_s
-        expected = set(self._processes) & set(self.running())
-        while time.monotonic() < end_s:
+        expected = set(self.running())
+        while not condition():
             if gone := expected - set(self.running()):
                 raise SetupError(self._why_ended(min(gone)))
-            if self.live_datanodes() == datanodes:
-                return
+            if time.monotonic() > end_s:
+                raise SetupError(
+                    f"{self.directory} does not come up in {timeout_s:g} s; expected {what}; see {self.log_path('namenode')}"
+                )
             time.sleep(0.1)
-        raise SetupError(
-            f"{self.live_datanodes()} DataNodes of {self.directory} live after {timeout_s:g} s; expected {datanodes};"
-            f" see {self.log_path('namenode')}"
-        )
 
     def live_datanodes(self) -> int | None:
         """Returns how many DataNodes the NameNode counts; None while it does not serve."""
         with contextlib.suppress(OSError, LookupError, ValueError):
-            if not self._bean("NameNodeInfo")["Safemode"]:
-                return int(self._bean("FSNamesystemState")["NumLiveDataNodes"])
+            if not self._bean("namenode", "NameNode", "NameNodeInfo")["Safemode"]:
+                return int(self._bean("namenode", "NameNode", "FSNamesystemState")["NumLiveDataNodes"])
         return None
 
-    def _bean(self, name: str) -> dict[str, Any]:
-        """Asks the NameNode's web server for some of its figures."""
-        query = f"http://{HOST}:{self._ports['namenode'][1]}/jmx?qry=Hadoop:service=NameNode,name={name}"
+    def _is_registered(self, name: str) -> bool:
+        """Says whether a DataNode has found the NameNode."""
+        with contextlib.suppress(OSError, LookupError, ValueError):
+            actors = json.loads(self._bean(name, "DataNode", "DataNodeInfo")["BPServiceActorInfo"])
+            return bool(actors) and all(actor["ActorState"] == "RUNNING" for actor in actors)
+        return False
+
+    def _bean(self, name: str, service: str, bean: str) -> dict[str, Any]:
+        """Asks the web server of a process for some of its figures."""
+        query = f"http://{HOST}:{self._ports[name][1]}/jmx?qry=Hadoop:service={service},name={bean}"
         # An empty ProxyHandler: a proxy of the environment knows nothing of this machine's 127.0.0.1.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(query, timeout=2) as answer:
-            bean: dict[str, Any] = json.load(answer)["beans"][0]
-        return bean
+            found: dict[str, Any] = json.load(answer)["beans"][0]
+        return found
 
     def _choose_ports(self) -> None:
         """Takes the ports of the last run where they are free, others from the system."""

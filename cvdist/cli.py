@@ -5,6 +5,7 @@ cvdist train | evaluate | show | models
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,8 @@ from cvdist.config import Resolved, TrainConfig, parse, resolve
 from cvdist.errors import CvdistError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from cvdist.comm import World
     from cvdist.metrics import Meter
     from cvdist.shards import Manifest
@@ -95,7 +98,8 @@ def run_train(argv: list[str]) -> None:
 
     world = comm.init()
     comm.configure_devices(world)
-    train.train(config, world, Reporter(world))
+    with contextlib.closing(Reporter(world)) as report:
+        train.train(config, world, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +204,22 @@ def load_tensorflow() -> None:
 
 
 class Reporter:
-    """What a run tells its user: rank zero alone speaks. In a terminal a line of progress moves, elsewhere one comes every 10 s."""
+    """What a run tells its user; rank zero alone speaks. In a terminal a bar moves, elsewhere a line comes every 10 s."""
 
     def __init__(self, world: World) -> None:
         """Speaks for `world`."""
-        self._speaks, self._live = world.rank == 0, sys.stdout.isatty()
+        self._speaks = world.rank == 0
+        self._bar: Progress | None = None
         self._last_s = time.monotonic()
 
     def say(self, text: str) -> None:
         """Prints lines, on rank zero."""
-        if self._speaks:
-            say(f"\r\x1b[K{text}" if self._live else text)
+        if not self._speaks:
+            return
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show_run(self, config: TrainConfig, plan: Resolved, parameters: dict[str, int], done_steps: int) -> None:
         """Prints what is about to happen."""
@@ -218,17 +227,35 @@ class Reporter:
         self.say(f"  parameters        {parameters['num_parameters']:,} ({parameters['num_trainable']:,} trainable)")
         if done_steps:
             self.say(f"  goes on after     step {done_steps} of {plan.total_steps}")
+        if self._speaks and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                "step",
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, transient=True)
+            self._bar.add_task("", total=plan.total_steps, completed=done_steps)
+            self._bar.start()
 
     def step(self, step: int, last_step: int, loss: float, meter: Meter) -> None:
         """Shows progress."""
-        line = f"step {step}/{last_step}  loss {loss:.4f}  {meter.images_per_s():,.0f} images/s  data wait {meter.wait_share():.0%}"
+        state = f"loss {loss:.4f}  {meter.images_per_s():,.0f} images/s  data wait {meter.wait_share():.0%}"
         now_s = time.monotonic()
-        if self._speaks and self._live:
-            sys.stdout.write(f"\r\x1b[K{line}")
-            sys.stdout.flush()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], total=last_step, completed=step, description=state)
         elif now_s - self._last_s >= PROGRESS_EVERY_S or step == last_step:
             self._last_s = now_s
-            self.say(line)
+            self.say(f"step {step}/{last_step}  {state}")
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
         """Shows an evaluation."""

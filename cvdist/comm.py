@@ -34,10 +34,9 @@ T = TypeVar("T")
 GLOO_TIMEOUT_S = 20
 # Seconds that ranks wait for each other to start: nodes import TensorFlow at very different speeds when disks are cold.
 START_S = 300.0
-# All collectives but gradients have one name: where ranks are out of step, Horovod finds different operations under it and
-# fails, instead of waiting for ever for the missing halves of two.
-CONTROL = "cvdist"
 BROADCAST_BYTES = 64 << 20
+# What ranks tell each other first, and the largest array that is summed with it.
+ROW_BYTES, SMALL_BYTES = 1016, 768
 MESSAGE_BYTES = 4096
 
 
@@ -154,7 +153,7 @@ def broadcast(variables: Sequence[Any], world: World, root: int = 0) -> None:
     if world.size == 1:
         return
     layout = [_identity(variable) for variable in variables]
-    layouts = gather_bytes("\n".join(layout).encode(), world)
+    layouts = _exchange(f"broadcast from rank {root}", "\n".join(layout).encode(), world)
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[root]:
             lines, expected = theirs.decode().split("\n"), layouts[root].decode().split("\n")
@@ -189,12 +188,15 @@ def allreduce_sum(values: npt.ArrayLike, world: World) -> np.ndarray[Any, Any]:
         raise TypeError(f"allreduce_sum takes float64 and int64, found {array.dtype}")
     if world.size == 1:
         return array.copy()
+    small = array.nbytes <= SMALL_BYTES
+    parts = _exchange(f"sum of {array.dtype} {array.shape}", array.tobytes() if small else b"", world)
+    if small:
+        stacked = np.stack([np.frombuffer(part, array.dtype) for part in parts])
+        return np.asarray(stacked.sum(axis=0)).reshape(array.shape)
     hvd = _horovod(world)
-    # One number more, so that an empty array takes part too: a rank that stayed away would leave the others waiting.
-    padded = np.append(array.reshape(-1), np.zeros(1, array.dtype))
     with _collective("a sum over all ranks failed"), _on_cpu():
-        total = hvd.allreduce(padded, op=hvd.Sum, name=CONTROL)
-    return np.asarray(total.numpy())[:-1].reshape(array.shape)
+        total = hvd.allreduce(array.reshape(-1), op=hvd.Sum, name="cvdist.sum")
+    return np.asarray(total.numpy()).reshape(array.shape)
 
 
 def average(variables: Sequence[Any], world: World) -> None:
@@ -220,12 +222,7 @@ def gather_bytes(data: bytes, world: World) -> list[bytes]:
     Raises:
         SyncError: A rank has ended.
     """
-    if world.size == 1:
-        return [data]
-    sizes = _gather(np.array([len(data)], np.int64), world)
-    joined = _gather(np.frombuffer(data, np.uint8), world).tobytes() if sizes.any() else b""
-    ends = np.cumsum(sizes)
-    return [joined[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+    return _exchange("gather", data, world)
 
 
 def barrier(world: World) -> None:
@@ -234,7 +231,7 @@ def barrier(world: World) -> None:
     Raises:
         SyncError: A rank has ended.
     """
-    gather_bytes(b"", world)
+    _exchange("barrier", b"", world)
 
 
 def all_ranks_ok(world: World, error: Exception | None) -> None:
@@ -249,7 +246,7 @@ def all_ranks_ok(world: World, error: Exception | None) -> None:
             it is none of ours) that names the first failing rank and repeats its message.
     """
     report = {} if error is None else {"kind": type(error).__name__, "text": str(error)[:MESSAGE_BYTES]}
-    reports = gather_bytes(json.dumps(report).encode() if report else b"", world)
+    reports = _exchange("check of errors", json.dumps(report).encode() if report else b"", world)
     if error is not None:
         raise error
     failed = [rank for rank, line in enumerate(reports) if line]
@@ -294,7 +291,7 @@ def check_in_sync(variables: Sequence[Any], world: World, step: int) -> None:
     """
     if world.size == 1:
         return
-    digests = gather_bytes(fingerprint(variables), world)
+    digests = _exchange(f"comparison at step {step}", fingerprint(variables), world)
     if len(set(digests)) == 1:
         return
     (digest, count), *_ = collections.Counter(digests).most_common()
@@ -425,18 +422,46 @@ def _average(grads: list[Any]) -> list[Any]:
     return averaged
 
 
-def _gather(array: np.ndarray[Any, Any], world: World) -> np.ndarray[Any, Any]:
-    """Joins one-dimensional arrays of all ranks, in the order of ranks."""
+def _exchange(what: str, data: bytes, world: World) -> list[bytes]:
+    """Returns what each rank gave. Every collective but that of gradients begins here, so that ranks out of step are told.
+
+    Horovod itself would leave them waiting for ever for the missing halves of two collectives.
+    """
+    if world.size == 1:
+        return [data]
+    message = what.encode() + b"\0" + data
+    # Rows of one length first, which is all for most messages, then what did not fit.
+    row = len(message).to_bytes(8, "little") + message[:ROW_BYTES].ljust(ROW_BYTES, b"\0")
+    rows = _gather(row, world, "cvdist.rows").reshape(world.size, -1)
+    sizes = [int.from_bytes(theirs[:8].tobytes(), "little") for theirs in rows]
+    rest_bytes = [max(0, size - ROW_BYTES) for size in sizes]
+    rests = _gather(message[ROW_BYTES:], world, "cvdist.rests") if any(rest_bytes) else np.zeros(0, np.uint8)
+    messages = [
+        theirs[8 : 8 + size].tobytes() + rest.tobytes()
+        for theirs, size, rest in zip(rows, sizes, np.split(rests, np.cumsum(rest_bytes)[:-1]), strict=True)
+    ]
+    doing = [message.partition(b"\0")[0].decode() for message in messages]
+    for rank, theirs in enumerate(doing):
+        if theirs != doing[0]:
+            raise SyncError(
+                f"ranks are out of step: rank 0 is at {doing[0]}, rank {rank} at {theirs}; expected all ranks to do the same;"
+                " make the code that led here independent of the rank, or pass its errors through all_ranks_ok"
+            )
+    return [message.partition(b"\0")[2] for message in messages]
+
+
+def _gather(data: bytes, world: World, name: str) -> np.ndarray[Any, Any]:
+    """Joins the bytes of all ranks, in the order of ranks."""
     hvd = _horovod(world)
     with _collective("an exchange between all ranks failed"), _on_cpu():
-        return np.asarray(hvd.allgather(array, name=CONTROL).numpy())
+        return np.asarray(hvd.allgather(np.frombuffer(data, np.uint8), name=name).numpy())
 
 
 def _broadcast_bytes(data: np.ndarray[Any, Any], world: World, root: int) -> np.ndarray[Any, Any]:
     """Returns the root's bytes; all ranks give as many."""
     hvd = _horovod(world)
     with _collective(f"the broadcast from rank {root} failed"), _on_cpu():
-        return np.asarray(hvd.broadcast(data, root_rank=root, name=CONTROL).numpy())
+        return np.asarray(hvd.broadcast(data, root_rank=root, name="cvdist.broadcast").numpy())
 
 
 def _buckets(variables: Sequence[Any]) -> Iterator[list[Any]]:
@@ -466,7 +491,7 @@ def _bytes_of(variable: Any) -> np.ndarray[Any, Any]:
 
 def _num_bytes(variable: Any) -> int:
     """Returns the size of a Keras variable."""
-    return math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+    return int(math.prod(variable.shape)) * np.dtype(variable.dtype).itemsize
 
 
 def _identity(variable: Any) -> str:

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from cvdist.errors import ConfigError
 
@@ -389,6 +389,7 @@ def parse(kind: type[T], argv: list[str], *, prog: str, positional: tuple[str, .
         ConfigError: An argument is unknown (the nearest known one is named), missing, or of the wrong type.
         SystemExit: --help or --print_config was asked for.
     """
+    set_parsing_settings(import_path_denylist=["*"])  # it would import what a `class_path` in YAML names
     description = (kind.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file of settings; options after it win.")
@@ -396,12 +397,11 @@ def parse(kind: type[T], argv: list[str], *, prog: str, positional: tuple[str, .
         parser.add_argument(name, type=str)
     parser.add_class_arguments(kind, None, skip=set(positional))
     try:
-        settings = parser.parse_args(complete_switches(kind, argv))
-        require_groups(kind, settings)
-        namespace = parser.instantiate_classes(settings)
-    except ArgumentError as error:
+        settings = parser.parse_args(complete_switches(kind, argv)).as_dict()
+    except (ArgumentError, ImportError) as error:
         raise ConfigError(explain(str(error), parser)) from None
-    return kind(**{field.name: namespace[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    require_groups(kind, settings)
+    return from_dict(kind, {name: settings[name] for name in get_type_hints(kind)}, "the command line")
 
 
 def complete_switches(kind: type, argv: list[str]) -> list[str]:
@@ -415,10 +415,10 @@ def complete_switches(kind: type, argv: list[str]) -> list[str]:
     ]
 
 
-def require_groups(kind: type, settings: Namespace) -> None:
+def require_groups(kind: type, settings: dict[str, Any]) -> None:
     """Raises ConfigError for a single value where a group of settings belongs, as `optim: 3` in YAML."""
     for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint) and not isinstance(settings[name], Namespace):
+        if dataclasses.is_dataclass(hint) and not isinstance(settings[name], dict):
             members = [field.name for field in dataclasses.fields(hint)]
             raise ConfigError(
                 f"{name}: {settings[name]!r} is no group of settings; expected settings such as {name}.{members[0]};"
@@ -438,6 +438,8 @@ TYPE_WORDS = {
 def explain(message: str, parser: ArgumentParser) -> str:
     """Turns a message of the parser into one line: what was found, what was expected, how to fix it."""
     line = " ".join(message.split())
+    if code := re.search(r"Importing '([^']*)' is not allowed", line):
+        return f"class_path: {code.group(1)!r} names code; expected settings, because nothing that is read is run; remove it"
     unknown = re.search(r"[Uu]nrecognized arguments: --?([\w.]+)|Option '([\w.]+)' is not accepted", line)
     nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
     if unknown or nested:
@@ -456,9 +458,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
         return f"not given: {', '.join(names)}; expected a value for each; add {fix}"
     if wrong := re.search(r'[Pp]arser key "([\w.]+)": (.*)', line):
         kinds = re.findall(r"Expected a (<class '\w+'>|typing\.Literal\[[^]]*\])", wrong.group(2))
-        value = re.search(r"(?:Got|Given) value: (.*)", wrong.group(2))
+        value = re.search(r"(?:Got|Given) value: ?(.*)", wrong.group(2))
         if not kinds or not value:
-            return f"{wrong.group(1)}: {wrong.group(2)}; correct the value"
+            return f"{wrong.group(1)}: {wrong.group(2)}; expected what --help lists; correct the value"
         words = [TYPE_WORDS.get(kind) or "one of " + kind[15:-1].replace("'", "") for kind in kinds]
         return f"{wrong.group(1)}: {value.group(1)!r} does not fit; expected {' or '.join(words)}; correct the value"
     return f"{line}; expected --NAME VALUE pairs, or a YAML file of NAME: VALUE lines; run with --help for the list"

@@ -195,26 +195,27 @@ class Caller:
         """Runs `function` in another thread, until the deadline."""
         return self.finish(start(function))
 
-    def again(self, function: Callable[[], T]) -> T:
-        """Runs `function` in this thread; while it raises UnavailableError, waits a little and repeats it."""
+    def again(
+        self, function: Callable[[], T], retried: type[StorageError] = UnavailableError, first_pause_s: float = 0.1
+    ) -> T:
+        """Runs `function` in this thread; while it raises `retried`, waits a little (then longer) and repeats it."""
         try:
             return function()
-        except UnavailableError as error:
+        except retried as error:
             attempts = Limits.from_environment().attempts
             if attempts == 1:
                 raise
-            return self._repeat(function, attempts, error)
+            return self._repeat(function, attempts, error, first_pause_s)
 
-    def _repeat(self, function: Callable[[], T], attempts: int, first: UnavailableError) -> T:
-        """Makes the tries after the first one, each after a longer, random pause."""
+    def _repeat(self, function: Callable[[], T], attempts: int, first: StorageError, first_pause_s: float) -> T:
+        """Makes the tries after the first one, each after a longer pause of random length."""
         import tenacity  # here, because most programs never need it
 
-        pause = tenacity.wait_random_exponential(multiplier=0.1, max=1.0)
-        pending: list[UnavailableError] = [first]
+        failed = [first]
 
         def attempt() -> T:
-            if pending:
-                raise pending.pop()
+            if failed:
+                raise failed.pop()
             return function()
 
         def report(state: RetryCallState) -> None:
@@ -223,8 +224,8 @@ class Caller:
 
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(attempts),
-            wait=pause,
-            retry=tenacity.retry_if_exception_type(UnavailableError),
+            wait=tenacity.wait_exponential(multiplier=first_pause_s) + tenacity.wait_random(0, first_pause_s),
+            retry=tenacity.retry_if_exception_type(type(first)),
             before_sleep=report,
             reraise=True,
         )

@@ -95,8 +95,9 @@ def list_classes(url: str, split_folder: str) -> tuple[list[tuple[str, int, str]
     for name in classes:
         before = len(rows)
         for entry in storage.walk_files(storage.join(top, name)):
-            if is_image_path(storage.relative(entry.url, top)):
-                rows.append((storage.relative(entry.url, url), entry.size_bytes, name))
+            path = storage.relative(entry.url, url)
+            if is_image_path(path):
+                rows.append((path, entry.size_bytes, name))
             else:
                 num_skipped += 1
         if len(rows) == before:

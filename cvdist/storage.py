@@ -50,6 +50,10 @@ CLEAN_UP_S = 5.0
 _stores: dict[tuple[int, str, str], Store] = {}
 
 
+class FailedWriteError(StorageError):
+    """A file could not be written to its end, though the file system is there."""
+
+
 def _store(at: Location) -> Store:
     """Returns the file system of a URL, one per process: after a fork an inherited client would hang."""
     key = (os.getpid(), at.scheme, at.authority)
@@ -151,7 +155,7 @@ def open_read(url: str, readahead_bytes: int = 8 * MIB) -> io.BufferedReader:
         StorageError: It is a directory.
     """
     place = parse(url)
-    raw = _call(place, lambda store: store.open_reader(place.path))
+    raw = _call(place, lambda store: store.open_reader(place.path, one_piece=False))
     return io.BufferedReader(
         ReadAhead(raw, _caller(place), min(readahead_bytes, Limits.chunk_bytes)), buffer_size=128 * 1024
     )
@@ -184,7 +188,7 @@ def read_range(url: str, offset: int, length: int) -> bytes:
         StorageError: The file is shorter.
     """
     place = parse(url)
-    raw = _call(place, lambda store: store.open_reader(place.path))
+    raw = _call(place, lambda store: store.open_reader(place.path, one_piece=length <= Limits.chunk_bytes))
     if not 0 <= offset <= offset + length <= raw.size_bytes:
         raise StorageError(
             f"{place.url}: bytes {offset} to {offset + length} are asked for, the file has {raw.size_bytes};"
@@ -200,7 +204,7 @@ def read_range(url: str, offset: int, length: int) -> bytes:
 
 
 @contextlib.contextmanager
-def create(url: str, overwrite: bool = False) -> Iterator[FileWriter]:
+def create(url: str, overwrite: bool = False, *, after_failure: bool = False) -> Iterator[FileWriter]:
     """Writes a file that appears under its name when, and only when, the block ends without an exception.
 
     Until then it has a hidden temporary name beside `url`, which is deleted if the block fails; a killed process leaves it behind.
@@ -210,6 +214,8 @@ def create(url: str, overwrite: bool = False) -> Iterator[FileWriter]:
         url: The file.
         overwrite: Replace an existing file in one step; otherwise an existing one is an error and stays, also when several write
             at once.
+        after_failure: The same write has just failed: take the way that is least likely to fail again, even if it is slower
+            or starts with one replica.
 
     Raises:
         AlreadyExistsError: There is one, and `overwrite` is false.
@@ -217,9 +223,9 @@ def create(url: str, overwrite: bool = False) -> Iterator[FileWriter]:
     place = parse(url)
     _check_target(place, overwrite)
     temporary = parse(join(parent(place.url), f".{name(place.url)[:40]}.{uuid.uuid4().hex}.tmp"))
-    raw = _call(place, lambda store: store.open_writer(temporary.path))
+    raw = _call(place, lambda store: store.open_writer(temporary.path, after_failure=after_failure))
     writer = FileWriter(raw, _caller(place))
-    clean_up_s, finished = CLEAN_UP_S, False
+    clean_up_s, moving, finished = CLEAN_UP_S, False, False
     try:
         yield writer
         size_bytes = writer.finish()
@@ -228,15 +234,16 @@ def create(url: str, overwrite: bool = False) -> Iterator[FileWriter]:
             raise UnavailableError(
                 f"{place.url}: {found_bytes} of {size_bytes} bytes arrived; expected all; write it again, and check the disks"
             )
+        moving = True
         _move(temporary, FileInfo(place.url, size_bytes, is_dir=False, modified_s=0.0), overwrite)
         finished = True
     except TimedOutError:
-        clean_up_s = 0.0
+        clean_up_s = 1.0  # the caller has waited long enough
         raise
     finally:
         writer.close()
         if not finished:
-            _discard(temporary, raw, clean_up_s)
+            writer.may_repeat = _discard(temporary, raw, clean_up_s) and not moving
 
 
 def _check_target(place: Location, overwrite: bool) -> None:
@@ -256,7 +263,7 @@ def _already_exists(url: str) -> AlreadyExistsError:
     return AlreadyExistsError(f"{url}: already exists; expected a free name; choose another or delete it first")
 
 
-def _discard(temporary: Location, raw: Writer, wait_s: float) -> None:
+def _discard(temporary: Location, raw: Writer, wait_s: float) -> bool:
     """Deletes an unfinished file, then drops its writer: the other way round, dropping it would complete the file on HDFS."""
 
     def clean_up() -> None:
@@ -267,8 +274,9 @@ def _discard(temporary: Location, raw: Writer, wait_s: float) -> None:
 
     call = deadline.start(clean_up)
     if call.wait(wait_s) and call.outcome()[1] is None:
-        return
+        return True
     log.warning("%s: the temporary file of a failed write may be left behind", temporary.url)
+    return False
 
 
 def _move(source: Location, target: FileInfo, overwrite: bool) -> None:
@@ -347,13 +355,23 @@ def make_dirs(url: str) -> None:
 
 
 def write_bytes(url: str, data: Buffer, overwrite: bool = False) -> None:
-    """Writes a whole file as `create` does; where HDFS fails in the middle, writes it anew under another temporary name."""
+    """Writes a whole file as `create` does; where that fails in the middle, writes it anew under another temporary name."""
+    place, failures = parse(url), 0
 
     def attempt() -> None:
-        with create(url, overwrite) as file:
-            file.write(data)
+        nonlocal failures
+        file = None
+        try:
+            with create(url, overwrite, after_failure=failures > 0) as file:
+                file.write(data)
+        except (UnavailableError, TimedOutError) as error:
+            if file is None or not file.may_repeat:
+                raise  # the file system itself does not answer, and has been asked again already
+            failures += 1
+            raise FailedWriteError(str(error)) from error
 
-    _caller(parse(url)).again(attempt)
+    # The pause gives HDFS time to notice that one of its DataNodes is gone.
+    _caller(place).again(attempt, FailedWriteError, first_pause_s=2.0)
 
 
 def write_text(url: str, text: str, overwrite: bool = False) -> None:

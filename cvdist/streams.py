@@ -130,7 +130,13 @@ def check_length(url: str, offset: int, expected_bytes: int, found_bytes: int) -
 
 
 class FileWriter(io.RawIOBase):
-    """The file that storage.create gives: takes any bytes-like object and passes it on in pieces of a bounded size."""
+    """The file that storage.create gives: takes any bytes-like object and passes it on in pieces of a bounded size.
+
+    Attributes:
+        may_repeat: The write has failed, nothing is left of it, and the same data may be written anew.
+    """
+
+    may_repeat = False
 
     def __init__(self, raw: Writer, caller: Caller) -> None:
         """Takes a new file."""

@@ -28,7 +28,7 @@ def made_split(*shards: Sequence[int], name: str = "train") -> Split:
     )
 
 
-def made_manifest(classes: Sequence[str] = ("cat", "dog"), **split_rows: int) -> Manifest:
+def made_manifest(split_rows: dict[str, int], classes: Sequence[str] = ("cat", "dog")) -> Manifest:
     """Returns a manifest of splits with the given numbers of samples."""
     return Manifest(
         classes=tuple(classes),

@@ -56,11 +56,11 @@ class Store(Protocol):
     def list_chunks(self, path: str) -> Iterator[list[FileInfo]]:
         """Yields the entries of a directory in no order, some at a time."""
 
-    def open_reader(self, path: str) -> Reader:
-        """Opens a file."""
+    def open_reader(self, path: str, *, one_piece: bool) -> Reader:
+        """Opens a file; with `one_piece` for a single read."""
 
-    def open_writer(self, path: str) -> Writer:
-        """Creates a file, and the directories above it."""
+    def open_writer(self, path: str, *, after_failure: bool) -> Writer:
+        """Creates a file, and the directories above it; with `after_failure` in the way least likely to fail again."""
 
     def rename(self, source: str, target: str, *, is_dir: bool, overwrite: bool) -> None:
         """Moves a file or directory in one step; refuses an existing target unless `overwrite`."""

@@ -89,11 +89,11 @@ class FsspecStore:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         yield [entry for entry in entries if entry.url != self.root + path]
 
-    def open_reader(self, path: str) -> FsspecReader:
+    def open_reader(self, path: str, *, one_piece: bool) -> FsspecReader:
         """Opens a file."""
         return FsspecReader(self._filesystem, path)
 
-    def open_writer(self, path: str) -> FsspecWriter:
+    def open_writer(self, path: str, *, after_failure: bool) -> FsspecWriter:
         """Creates a file, and the directories above it."""
         self._filesystem.makedirs(parent_path(path), exist_ok=True)
         return FsspecWriter(self._filesystem.open(path, "wb"))

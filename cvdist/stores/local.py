@@ -118,11 +118,11 @@ class LocalStore:
                     chunk = []
         yield chunk
 
-    def open_reader(self, path: str) -> LocalReader:
+    def open_reader(self, path: str, *, one_piece: bool) -> LocalReader:
         """Opens a file."""
         return LocalReader(path)
 
-    def open_writer(self, path: str) -> LocalWriter:
+    def open_writer(self, path: str, *, after_failure: bool) -> LocalWriter:
         """Creates a file, and the directories above it."""
         return LocalWriter(path)
 

@@ -77,7 +77,15 @@ class TestEveryFileSystem:
 
     def test_any_bytes_like_object_is_written_whole(self, url: str) -> None:
         array = np.arange(10, dtype=np.float64)
-        inputs = [b"ab", bytearray(b"ab"), memoryview(b"abcd")[::2], array, array[::2], array.reshape(2, 5).T, np.array(3.0)]
+        inputs = [
+            b"ab",
+            bytearray(b"ab"),
+            memoryview(b"abcd")[::2],
+            array,
+            array[::2],
+            array.reshape(2, 5).T,
+            np.array(3.0),
+        ]
         for number, data in enumerate(inputs):
             target = storage.join(url, str(number))
             storage.write_bytes(target, data)
@@ -86,7 +94,15 @@ class TestEveryFileSystem:
     def test_a_range_is_exactly_what_was_asked_for(self, url: str) -> None:
         target, data = storage.join(url, "a.bin"), random.Random(2).randbytes(17 * MIB)
         storage.write_bytes(target, data)
-        for offset, length in [(0, 0), (0, 1), (5, 100), (len(data) - 1, 1), (len(data), 0), (3, 16 * MIB), (0, len(data))]:
+        for offset, length in [
+            (0, 0),
+            (0, 1),
+            (5, 100),
+            (len(data) - 1, 1),
+            (len(data), 0),
+            (3, 16 * MIB),
+            (0, len(data)),
+        ]:
             assert storage.read_range(target, offset, length) == data[offset : offset + length]
 
     @pytest.mark.parametrize("offset, length", [(0, 11), (10, 1), (11, 0), (-1, 2), (0, -1)])
@@ -200,7 +216,9 @@ class TestEveryFileSystem:
         entries = storage.list_dir(url)
         assert [storage.name(entry.url) for entry in entries] == sorted([*expected, "a-folder"])
         assert [storage.name(entry.url) for entry in entries if entry.is_dir] == ["a-folder"]
-        assert {storage.stat(entry.url) for entry in entries if not entry.is_dir} == {e for e in entries if not e.is_dir}
+        assert {storage.stat(entry.url) for entry in entries if not entry.is_dir} == {
+            e for e in entries if not e.is_dir
+        }
 
     def test_a_file_is_not_listed_as_a_directory(self, url: str) -> None:
         storage.write_bytes(storage.join(url, "a"), b"1")
@@ -218,7 +236,20 @@ class TestEveryFileSystem:
         assert [storage.relative(entry.url, url) for entry in storage.walk_files(url)] == paths
 
     def test_odd_names_are_taken_literally(self, url: str) -> None:
-        odd = ["with space", "ünïcödé", "100%", "a%20b", "a#b", "a?b=c&d", "[x]", "{a,b}", "*", "back\\slash", "~", "é" * 100]
+        odd = [
+            "with space",
+            "ünïcödé",
+            "100%",
+            "a%20b",
+            "a#b",
+            "a?b=c&d",
+            "[x]",
+            "{a,b}",
+            "*",
+            "back\\slash",
+            "~",
+            "é" * 100,
+        ]
         for name in odd:
             storage.write_bytes(storage.join(url, name), name.encode())
         assert names(url) == sorted(odd)
@@ -335,7 +366,9 @@ class TestExactlyOneWins:
 
 
 class TestLocalDisk:
-    def test_links_are_followed_without_running_in_circles(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_links_are_followed_without_running_in_circles(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         (tmp_path / "real").mkdir()
         (tmp_path / "real" / "file").write_bytes(b"123")
         (tmp_path / "link").symlink_to("real/file")
@@ -404,7 +437,10 @@ class TestUrls:
     @pytest.mark.parametrize(
         "url, message",
         [
-            ("/data/x", "data: '/data/x' has no scheme; expected file:///path or hdfs://host:port/path; use file:///data/x"),
+            (
+                "/data/x",
+                "data: '/data/x' has no scheme; expected file:///path or hdfs://host:port/path; use file:///data/x",
+            ),
             ("file:/data/x", "'file:/data/x' has no scheme; .* use file:///data/x"),
             ("data", "'data' has no scheme; .* use file:///.*/data"),
             ("", "'' has no scheme"),
@@ -438,7 +474,11 @@ class TestUrls:
     def test_a_url_has_one_spelling(self, url: str, expected: str) -> None:
         assert storage.check_url(url) == expected
 
-    @given(st.lists(st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda part: part not in (".", ".."))))
+    @given(
+        st.lists(
+            st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda part: part not in (".", ".."))
+        )
+    )
     def test_join_and_relative_are_inverse(self, parts: list[str]) -> None:
         for base in ("file:///", "file:///a b", "memory:///x"):
             joined = storage.join(base, *parts)
@@ -467,8 +507,12 @@ class TestLimits:
         monkeypatch.setenv("CVDIST_STORAGE_ATTEMPTS", "7")
         assert storage.Limits.from_environment() == storage.Limits(deadline_s=2.5, attempts=7)
 
-    @pytest.mark.parametrize("name, text", [("DEADLINE_S", "soon"), ("DEADLINE_S", "nan"), ("ATTEMPTS", "0"), ("ATTEMPTS", "1.5")])
+    @pytest.mark.parametrize(
+        "name, text", [("DEADLINE_S", "soon"), ("DEADLINE_S", "nan"), ("ATTEMPTS", "0"), ("ATTEMPTS", "1.5")]
+    )
     def test_a_wrong_number_is_refused(self, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
         monkeypatch.setenv(f"CVDIST_STORAGE_{name}", text)
-        with pytest.raises(ConfigError, match=f"CVDIST_STORAGE_{name}: '{text}' cannot be used; expected a number from"):
+        with pytest.raises(
+            ConfigError, match=f"CVDIST_STORAGE_{name}: '{text}' cannot be used; expected a number from"
+        ):
             storage.exists("file:///")

@@ -57,6 +57,7 @@ def test_every_rank_knows_its_place(world: World) -> None:
     cores = len(os.sched_getaffinity(0))
     assert world.same("threads") == (0 if world.size == 1 else max(1, cores // world.size))
     assert world.same("gathered") == [bytes(range(rank)).hex() for rank in range(world.size)]
+    assert world.same("gathered_large") == [[rank * 1500] * 2 for rank in range(world.size)]
 
 
 def test_horovod_is_imported_only_by_several_ranks(world: World) -> None:
@@ -129,6 +130,7 @@ def test_sums_are_exact_in_their_type(world: World) -> None:
     assert sums["int64"] == [(2**53 + 1) * size, -(2**60) * size, sum(range(size))]
     tenths, small = sum([0.1] * size), sum(1e-16 * rank for rank in range(size))
     np.testing.assert_allclose(sums["float64"], [[size, small], [tenths, sum(range(size))]], rtol=1e-15)
+    assert sums["large"] == (np.arange(1000.0) * (size * (size + 1) // 2)).tolist()
     assert sums["scalar"] == size**2 / 2
     assert sums["list"] == [size, 2 * size]
     assert sums["empty"] == [0, 3]
@@ -210,6 +212,8 @@ def test_ranks_out_of_step_fail_instead_of_waiting(world: World) -> None:
                 assert found[case] == {"kind": None}
             else:
                 assert found[case]["kind"] == "SyncError", case
+                assert found[case]["text"].startswith("ranks are out of step: rank 0 is at sum of ")
+                assert f"rank {world.size - 1} at " in found[case]["text"]
                 assert found[case]["seconds"] < 5
 
 
@@ -230,7 +234,7 @@ def test_ranks_end_with_their_launcher(start_ranks: Callable[..., Any]) -> None:
     launch = start_ranks(2, "endless.py")
     pids = []
     for path in (launch.folder / "pid-0", launch.folder / "pid-1"):
-        wait_until(path.exists, 60)
+        wait_until(path.exists, 120)
         pids.append(int(path.read_text()))
     launch.process.send_signal(signal.SIGKILL)
     launch.process.wait(10)

@@ -1,7 +1,12 @@
-"""A process that dies while it saves: a whole checkpoint is always there, and the next process cleans up."""
+"""A process that dies while it saves: a whole checkpoint is always there, and the next process cleans up.
+
+This file is also the program that is killed: `python test_checkpoint_faults.py RUN_URL STEP` saves one checkpoint after the other,
+from STEP on, and prints each step that is complete.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -14,15 +19,44 @@ import numpy as np
 import pytest
 
 from cvdist import checkpoint, storage
+from cvdist.checkpoint import Checkpointer, State
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).resolve().parent / "programs" / "endless_saves.py"
 KILLS = {"file": 15, "hdfs": 8}
+
+
+class Variable:
+    """What a checkpoint needs of a Keras variable, without the seconds that importing Keras takes."""
+
+    dtype, shape = "float32", (250_000,)
+
+    def __init__(self, index: int, step: int) -> None:
+        self.path, self.value, self._step = f"layer_{index}/kernel", self, step
+
+    def numpy(self) -> np.ndarray:
+        return np.full(self.shape, self._step, self.dtype)
+
+
+class Model:
+    """Four megabytes that all hold the number of the step."""
+
+    def __init__(self, step: int) -> None:
+        self.variables = [Variable(index, step) for index in range(4)]
+
+
+def save_for_ever(run_url: str, start: int) -> None:
+    """Saves from step `start` on."""
+    with Checkpointer(run_url, keep=2, report=lambda line: print("report", line, flush=True)) as checkpointer:
+        print("removed", checkpointer.remove_unfinished(), flush=True)
+        for step in itertools.count(start):
+            checkpointer.save(Model(step), None, State(model="m", epoch=0, step=step, seed=0, global_batch=1))
+            checkpointer.wait()
+            print("saved", step, flush=True)
 
 
 def kill_while_saving(run_url: str, start: int, after_s: float) -> tuple[list[int], int]:
     """Lets a process save, kills it; returns the steps it said were complete, and how many unfinished saves it removed."""
-    command = [sys.executable, str(PROGRAM), run_url, str(start)]
+    command = [sys.executable, __file__, run_url, str(start)]
     with subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -80,3 +114,7 @@ def test_kill_9_while_a_checkpoint_is_replaced_leaves_an_older_one(tmp_path: Pat
         found = checkpoint.require_latest(run_url, never)
         assert found.state.step >= min(newest - 1, saved[-1])
         newest = max(newest, found.state.step)
+
+
+if __name__ == "__main__":
+    save_for_ever(sys.argv[1], int(sys.argv[2]))

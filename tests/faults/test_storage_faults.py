@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
@@ -29,8 +30,7 @@ def run(program: str, *args: str, **environment: str) -> subprocess.CompletedPro
         [sys.executable, "-c", program, *args],
         cwd=ROOT,
         env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=60,
     )
@@ -205,8 +205,6 @@ class TestDataNodes:
         fragile.freeze(victim)
         program = "import hashlib, sys; from cvdist import storage; print(hashlib.md5(storage.read_bytes(sys.argv[1])).hexdigest())"
         done = run(program, storage.join(fragile_url, "a"), CVDIST_STORAGE_DEADLINE_S="8")
-        import hashlib
-
         assert done.stdout.strip() == hashlib.md5(data).hexdigest(), done.stderr
 
     @pytest.mark.parametrize("after_s", [0.05, 0.2, 0.4])

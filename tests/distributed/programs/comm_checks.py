@@ -154,6 +154,7 @@ def sums() -> dict[str, Any]:
     return {
         "int64": comm.allreduce_sum(big, WORLD).tolist(),
         "float64": comm.allreduce_sum(np.array([[1.0, 1e-16 * RANK], [0.1, RANK]]), WORLD).tolist(),
+        "large": comm.allreduce_sum(np.arange(1000.0) * (RANK + 1), WORLD).tolist(),
         "scalar": comm.allreduce_sum(np.float64(RANK + 0.5), WORLD).tolist(),
         "list": comm.allreduce_sum([1, 2], WORLD).tolist(),
         "empty": list(comm.allreduce_sum(np.zeros((0, 3)), WORLD).shape),
@@ -271,6 +272,7 @@ results: dict[str, Any] = {
     "joined_s": JOINED_S,
     "threads": tf.config.threading.get_intra_op_parallelism_threads(),
     "gathered": [part.hex() for part in comm.gather_bytes(bytes(range(RANK)), WORLD)],
+    "gathered_large": [[len(part), part.count(b"7")] for part in comm.gather_bytes(b"7" * RANK * 1500, WORLD)],
     "average": average_of_gradients(),
     "clipped": clipped_after_average(),
     "types": one_type_after_the_other(),
