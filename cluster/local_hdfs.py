@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import getpass
 import json
 import os
@@ -152,13 +153,16 @@ class LocalHdfs:
         self._signal(name, signal.SIGCONT)
 
     def restart(self, name: str) -> None:
-        """Starts one process anew, on the same ports and files, and waits until it serves."""
+        """Starts one process anew, on the same ports and files, and waits until it serves with all its blocks."""
         if name in self.running():
             self.kill(name)
         self._spawn(name)
-        if name != "namenode":  # which for a while still counts the one that has gone
-            self._wait(lambda: self._is_registered(name), f"the {name} to register")
-        self.wait_live(len([other for other in self.running() if other != "namenode"]))
+        started_s = time.monotonic()
+        datanodes = [other for other in self.running() if other != "namenode"]
+        self.wait_live(len(datanodes))
+        # The NameNode still counts a DataNode that has just gone, and a new NameNode knows no block before it is told.
+        for other in datanodes if name == "namenode" else [name]:
+            self._wait(functools.partial(self._has_reported_since, other, started_s), f"a block report of the {other}")
 
     def running(self) -> list[str]:
         """Returns the names of the processes that are there, frozen ones too."""
@@ -192,11 +196,13 @@ class LocalHdfs:
                 return int(self._bean("namenode", "NameNode", "FSNamesystemState")["NumLiveDataNodes"])
         return None
 
-    def _is_registered(self, name: str) -> bool:
-        """Says whether a DataNode has found the NameNode."""
+    def _has_reported_since(self, name: str, moment_s: float) -> bool:
+        """Says whether a DataNode has told the NameNode its blocks after a moment of the monotonic clock."""
         with contextlib.suppress(OSError, LookupError, ValueError):
-            actors = json.loads(self._bean(name, "DataNode", "DataNodeInfo")["BPServiceActorInfo"])
-            return bool(actors) and all(actor["ActorState"] == "RUNNING" for actor in actors)
+            [actor] = json.loads(self._bean(name, "DataNode", "DataNodeInfo")["BPServiceActorInfo"])
+            # Ages are whole seconds, rounded down.
+            age_s = int(actor["LastBlockReport"]) + 1
+            return actor["ActorState"] == "RUNNING" and time.monotonic() - age_s >= moment_s
         return False
 
     def _bean(self, name: str, service: str, bean: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -246,8 +246,8 @@ class Loader:
         split = self.manifest.splits[self.split]
         return EpochPlan(split, self.global_batch, seed=self._seed, epoch=epoch, num_lanes=lanes, remainder=remainder)
 
-    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """Yields this rank's batches of an epoch from `start_step` on.
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yields this rank's batches of an epoch from `start_step` on; closing it, early or not, ends its threads.
 
         Raises:
             DataError: A shard or an image is not what the manifest says.

@@ -225,7 +225,7 @@ def create(url: str, overwrite: bool = False, *, after_failure: bool = False) ->
     temporary = parse(join(parent(place.url), f".{name(place.url)[:40]}.{uuid.uuid4().hex}.tmp"))
     raw = _call(place, lambda store: store.open_writer(temporary.path, after_failure=after_failure))
     writer = FileWriter(raw, _caller(place))
-    clean_up_s, moving, finished = CLEAN_UP_S, False, False
+    clean_up_s, moving, finished, process = CLEAN_UP_S, False, False, os.getpid()
     try:
         yield writer
         size_bytes = writer.finish()
@@ -242,7 +242,7 @@ def create(url: str, overwrite: bool = False, *, after_failure: bool = False) ->
         raise
     finally:
         writer.close()
-        if not finished:
+        if not finished and os.getpid() == process:  # a forked child that leaves the block has nothing to clean up
             writer.may_repeat = _discard(temporary, raw, clean_up_s) and not moving
 
 
@@ -283,6 +283,12 @@ def _move(source: Location, target: FileInfo, overwrite: bool) -> None:
     """Renames, and where the answer is an error looks whether the rename has happened all the same."""
     place = parse(target.url)
 
+    def size_bytes(at: Location) -> int | None:
+        try:
+            return _once(at, lambda store: store.info(at.path)).size_bytes
+        except NotFoundError:
+            return None
+
     def attempt() -> None:
         try:
             _once(place, lambda store: store.rename(source.path, place.path, is_dir=target.is_dir, overwrite=overwrite))
@@ -290,7 +296,7 @@ def _move(source: Location, target: FileInfo, overwrite: bool) -> None:
             raise
         except StorageError:
             # hdfs-native repeats calls whose answer was lost; the second one then finds the source gone.
-            if exists(source.url) or not exists(place.url) or stat(place.url).size_bytes != target.size_bytes:
+            if size_bytes(source) is not None or size_bytes(place) != target.size_bytes:
                 raise
 
     _caller(place).again(attempt)

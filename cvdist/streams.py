@@ -35,6 +35,7 @@ class ReadAhead(io.RawIOBase):
         self._position = 0
         self._piece, self._piece_start = b"", 0
         self._next: tuple[int, Call[bytes]] | None = None
+        self._process = os.getpid()
 
     def readable(self) -> bool:
         """Is true."""
@@ -83,6 +84,10 @@ class ReadAhead(io.RawIOBase):
 
     def _load(self, wanted_bytes: int) -> None:
         """Makes the piece at the position the current one, and starts to fetch the next where reading goes straight on."""
+        if os.getpid() != self._process:
+            raise StorageError(
+                f"{self._caller.url}: was opened before a fork; expected a file that this process opened; open it in the child"
+            )
         position, left = self._position, self._raw.size_bytes - self._position
         straight_on = position == self._piece_start + len(self._piece)
         fetched, self._next = self._next if straight_on else None, None

@@ -27,7 +27,8 @@ def make_hdfs(directory: Path, datanodes: int = 2, settings: dict[str, str] | No
 @pytest.fixture(scope="session")
 def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHdfs]:
     """One HDFS with two DataNodes for all tests that leave it as it is."""
-    cluster = make_hdfs(tmp_path_factory.mktemp("hdfs"))
+    # Long directories are listed in pages; small ones let tests turn them.
+    cluster = make_hdfs(tmp_path_factory.mktemp("hdfs"), settings={"dfs.ls.limit": "100"})
     yield cluster
     cluster.stop(at_once=True)
 

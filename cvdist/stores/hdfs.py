@@ -59,9 +59,11 @@ class HdfsReader:
         """Returns exactly `length` bytes; native code panics beyond the end of the file, so callers stay within."""
         if self._is_suspect:
             self._open_again()
-        self._is_suspect = True
-        data: bytes = self._raw.read_range(offset, length)
-        self._is_suspect = False
+        try:
+            data: bytes = self._raw.read_range(offset, length)
+        except (OSError, RuntimeError):
+            self._is_suspect = True
+            raise
         return data
 
     def _open_again(self) -> None:
@@ -72,7 +74,7 @@ class HdfsReader:
                 raise StorageError(
                     f"{self._path}: was replaced or appended to while it was read; expected a file that stays; read it again"
                 )
-            self._raw = raw
+            self._raw, self._is_suspect = raw, False
 
     def close(self) -> None:
         """Does nothing: a reader holds no connection between calls."""
@@ -186,7 +188,8 @@ class HdfsStore:
 
     def rename(self, source: str, target: str, *, is_dir: bool, overwrite: bool) -> None:
         """Moves a file or directory; the NameNode does it in one step."""
-        self._client.mkdirs(parent_path(target), 0o755, True)
+        if parent_path(target) != parent_path(source):
+            self.make_dirs(parent_path(target))
         self._client.rename(source, target, overwrite and not is_dir)
 
     def delete_steps(self, path: str, *, recursive: bool) -> Iterator[None]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.local_hdfs import LocalHdfs
 from cvdist import storage
 from cvdist.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
 
@@ -219,6 +221,12 @@ class TestEveryFileSystem:
         assert {storage.stat(entry.url) for entry in entries if not entry.is_dir} == {
             e for e in entries if not e.is_dir
         }
+
+    def test_a_long_listing_is_complete(self, url: str) -> None:
+        expected = [f"{number:03}" for number in range(250)]
+        for name in expected:
+            storage.make_dirs(storage.join(url, name))
+        assert names(url) == expected
 
     def test_a_file_is_not_listed_as_a_directory(self, url: str) -> None:
         storage.write_bytes(storage.join(url, "a"), b"1")
@@ -431,6 +439,36 @@ class TestHdfs:
         environment = {**os.environ, "HADOOP_USER_NAME": "stranger"}
         done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         assert f"StorageError: {hdfs_url}/a: access is denied; expected permission for this user" in done.stderr
+
+    def test_a_nameservice_of_the_hadoop_configuration_is_served_by_the_namenode_that_lives(
+        self, hdfs: LocalHdfs, hdfs_url: str, tmp_path: Path
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            dead = f"127.0.0.1:{free.getsockname()[1]}"
+        settings = {
+            "dfs.nameservices": "photos",
+            "dfs.ha.namenodes.photos": "nn1,nn2",
+            "dfs.namenode.rpc-address.photos.nn1": dead,
+            "dfs.namenode.rpc-address.photos.nn2": hdfs.url.removeprefix("hdfs://"),
+        }
+        rows = "".join(
+            f"<property><name>{key}</name><value>{value}</value></property>" for key, value in settings.items()
+        )
+        (tmp_path / "hdfs-site.xml").write_text(f"<configuration>{rows}</configuration>")
+        (tmp_path / "core-site.xml").write_text("<configuration></configuration>")
+        program = "import sys; from cvdist import storage; storage.write_text(sys.argv[1], 'there'); print(storage.stat(sys.argv[1]).url)"
+        url = "hdfs://photos/" + storage.relative(hdfs_url, hdfs.url) + "/a"
+        environment = {**os.environ, "HADOOP_CONF_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", program, url], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == url, done.stderr
+        assert storage.read_text(storage.join(hdfs_url, "a")) == "there"
+
+    def test_a_host_without_port_that_nothing_names_is_a_wrong_setting(self) -> None:
+        with pytest.raises(ConfigError, match="hdfs://somewhere has no port and no Hadoop configuration names it"):
+            storage.exists("hdfs://somewhere/a")
 
 
 class TestUrls:

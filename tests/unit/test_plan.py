@@ -21,7 +21,7 @@ SEEDS = st.none() | st.integers(0, 2**32 - 1)
 BATCHES = st.integers(1, 72)
 LANES = st.integers(1, 80)
 EPOCHS = st.integers(0, 1000)
-common = settings(max_examples=150, deadline=None)
+common = settings(max_examples=80, deadline=None)
 
 
 def divisors(number: int) -> list[int]:
@@ -145,9 +145,10 @@ def test_without_a_seed_the_stored_order_is_kept(split: Split, batch: int) -> No
 def test_without_a_seed_every_lane_keeps_the_stored_order(split: Split, batch: int, lanes: int) -> None:
     plan = EpochPlan(split, batch, seed=None, num_lanes=lanes)
     full_steps = split.num_rows // batch
-    samples = [plan.step(index).samples.reshape(plan.num_lanes, -1) for index in range(full_steps)]
+    samples = [plan.step(index).samples for index in range(full_steps)]
     # axes: step, lane, place within the lane's piece -> lane, step, place
-    sequence = np.array(samples, np.int64).reshape(full_steps, plan.num_lanes, -1).transpose(1, 0, 2).reshape(-1)
+    pieces = np.array(samples, np.int64).reshape(full_steps, plan.num_lanes, batch // plan.num_lanes)
+    sequence = pieces.transpose(1, 0, 2).reshape(-1)
     assert sequence.tolist() == list(range(full_steps * batch))
 
 
@@ -224,7 +225,7 @@ def test_shuffling_mixes_classes() -> None:
     plan = EpochPlan(split, 256, seed=0)
     # As prepare stores them, shuffled as a whole:
     assert distinct_classes(rng.permutation(labels), plan) > 91
-    # Sorted by class, as no shard of ours is, 64 lanes show about half (measured: 47); unshuffled rows show 5.
+    # Sorted by class, as no shard of ours is, 64 lanes show about half (measured: 50); unshuffled rows show 6.
     assert distinct_classes(labels, plan) > 44
     assert distinct_classes(labels, EpochPlan(split, 256, seed=None, num_lanes=1)) < 7
 
