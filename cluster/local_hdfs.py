@@ -22,23 +22,19 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any
-from xml.sax.saxutils import escape
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # where it is run as a program
 
-from hadoop import SetupError, cache_dir, find_java, hadoop_classpath
+from cluster.hadoop import HOST, SetupError, bound_port, cache_dir, java_command, write_conf
 
-HOST = "127.0.0.1"
 START_S = 120.0
 STOP_S = 15.0
-HEAP = "256m"
 MAIN_CLASSES = {
     "namenode": "org.apache.hadoop.hdfs.server.namenode.NameNode",
     "datanode": "org.apache.hadoop.hdfs.server.datanode.DataNode",
@@ -50,12 +46,6 @@ WITH_PARENT = (
     "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
     "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
-LOG4J = """log4j.rootLogger=INFO,stderr
-log4j.appender.stderr=org.apache.log4j.ConsoleAppender
-log4j.appender.stderr.target=System.err
-log4j.appender.stderr.layout=org.apache.log4j.PatternLayout
-log4j.appender.stderr.layout.ConversionPattern=%d{ISO8601} %p %c{2}: %m%n
-"""
 
 
 class LocalHdfs:
@@ -64,7 +54,7 @@ class LocalHdfs:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        datanodes: int = 2,
+        datanodes: int | None = None,
         port: int = 0,
         *,
         die_with_parent: bool = False,
@@ -74,20 +64,20 @@ class LocalHdfs:
 
         Args:
             directory: Its files, logs and state; what is there of an earlier run is served again.
-            datanodes: How many DataNodes.
-            port: Of the NameNode; 0 lets the system choose.
+            datanodes: How many DataNodes; by default as many as before, at first two.
+            port: Of the NameNode; 0 takes a free one.
             die_with_parent: The processes end with this one, however it ends.
             settings: Of hdfs-site.xml, in place of the defaults.
         """
         self.directory = pathlib.Path(directory).resolve()
-        self.names = ["namenode", *(f"datanode{number}" for number in range(1, datanodes + 1))]
+        self.names = ["namenode", *(f"datanode{number}" for number in range(1, (datanodes or 2) + 1))]
         self._port = port
         self._die_with_parent = die_with_parent
         self._settings = settings or {}
         self._ports: dict[str, list[int]] = {}
         self._processes: dict[str, dict[str, int]] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._load()
+        self._load(keep_names=datanodes is not None)
 
     @property
     def url(self) -> str:
@@ -112,6 +102,11 @@ class LocalHdfs:
         if running := self.running():
             raise SetupError(f"{', '.join(running)} of {self.directory} run already; expected none; stop them first")
         self.directory.mkdir(parents=True, exist_ok=True)
+        if (self.directory / f"datanode{len(self.names)}").is_dir():
+            raise SetupError(
+                f"{self.directory} holds the files of more than {len(self.names) - 1} DataNodes; expected at least as many as"
+                " before; raise --datanodes or choose another --dir"
+            )
         self._choose_ports()
         self._write_conf()
         if not (self.directory / "name").is_dir():
@@ -214,27 +209,13 @@ class LocalHdfs:
         return found
 
     def _choose_ports(self) -> None:
-        """Takes the ports of the last run where they are free, others from the system."""
+        """Takes the ports of the last run where they are free, and others where not."""
         with contextlib.ExitStack() as open_sockets:
             for name in self.names:
                 known = self._ports.get(name, [0, 0, 0])
                 if name == "namenode" and self._port:
                     known = [self._port, *known[1:]]
-                self._ports[name] = [self._bound(open_sockets, port, name) for port in known]
-
-    def _bound(self, open_sockets: contextlib.ExitStack, port: int, name: str) -> int:
-        """Returns the port, or another if it is taken; it stays bound until all are chosen, so that none comes twice."""
-        listener = open_sockets.enter_context(socket.socket())
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            if port == self._port:
-                raise SetupError(
-                    f"port {port} cannot be used ({error.strerror}); expected a free one; choose another"
-                ) from error
-            listener.bind((HOST, 0))
-        return int(listener.getsockname()[1])
+                self._ports[name] = [bound_port(open_sockets, port, self._port) for port in known]
 
     def _write_conf(self) -> None:
         """Writes the configuration that all processes, and a user's Hadoop tools, read."""
@@ -259,33 +240,12 @@ class LocalHdfs:
             "dfs.namenode.fs-limits.min-block-size": "1024",
             **self._settings,
         }
-        self.conf_dir.mkdir(exist_ok=True)
-        for file, settings in (("core-site.xml", core), ("hdfs-site.xml", hdfs)):
-            rows = "".join(
-                f"<property><name>{key}</name><value>{escape(value)}</value></property>\n"
-                for key, value in settings.items()
-            )
-            (self.conf_dir / file).write_text(f"<configuration>\n{rows}</configuration>\n")
-        (self.conf_dir / "log4j.properties").write_text(LOG4J)
+        write_conf(self.conf_dir, {"core-site.xml": core, "hdfs-site.xml": hdfs})
 
     def _java(self, name: str, *args: str) -> list[str]:
         """Returns the command that runs a process."""
-        (self.directory / "tmp").mkdir(exist_ok=True)
-        opens = [
-            f"--add-opens=java.base/{package}=ALL-UNNAMED"
-            for package in ("java.lang", "java.nio", "java.util", "java.net")
-        ]
-        java, version = find_java()
-        options = [
-            f"-Xmx{HEAP}",
-            "-XX:+UseSerialGC",
-            "-XX:TieredStopAtLevel=1",  # half the CPU time until it serves, less memory, the same throughput
-            "-Djava.net.preferIPv4Stack=true",
-            f"-Djava.io.tmpdir={self.directory}/tmp",
-        ]
-        classpath = os.pathsep.join([str(self.conf_dir), *hadoop_classpath()])
         main_class = MAIN_CLASSES[name.rstrip("0123456789")]
-        return [java, *options, *(opens if version > 8 else []), "-cp", classpath, main_class, *args]
+        return java_command(self.conf_dir, self.directory / "tmp", main_class, *args)
 
     def _environment(self) -> dict[str, str]:
         """Returns the environment of a process: whoever starts the file system is its superuser."""
@@ -295,9 +255,7 @@ class LocalHdfs:
         """Makes an empty file system."""
         with open(self.log_path("namenode"), "ab") as log:
             command = self._java("namenode", "-format", "-nonInteractive")
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), check=False
-            )
+            done = subprocess.run(command, stdout=log, stderr=log, env=self._environment(), check=False)
         if done.returncode:
             shutil.rmtree(self.directory / "name", ignore_errors=True)
             raise SetupError(self._why_ended("namenode"))
@@ -311,15 +269,7 @@ class LocalHdfs:
             args.append(f"-Ddfs.datanode.data.dir=file://{self.directory}/{name}")
         command = self._java(name, *args)
         if self._die_with_parent:
-            command = [
-                sys.executable,
-                "-S",
-                "-c",
-                WITH_PARENT,
-                str(os.getpid()),
-                shutil.which(command[0]) or "",
-                *command[1:],
-            ]
+            command = [sys.executable, "-S", "-c", WITH_PARENT, str(os.getpid()), *command]
         with open(self.log_path(name), "ab") as log:
             child = subprocess.Popen(
                 command,
@@ -336,9 +286,7 @@ class LocalHdfs:
     def _why_ended(self, name: str) -> str:
         """Words the message about a process that ended by itself, with the last telling line of its log."""
         lines = self.log_path(name).read_text(errors="replace").splitlines()
-        telling = [
-            line for line in lines if re.search(r"Exception|Error|ERROR|FATAL", line) and not line.startswith("\t")
-        ]
+        telling = [line for line in lines if re.search(r"^[^\t].*(Exception|Error|ERROR|FATAL)", line)]
         cause = (telling or lines or ["no message"])[-1].strip()
         return f"the {name} ended by itself ({cause}); expected it to run; see {self.log_path(name)}"
 
@@ -357,20 +305,19 @@ class LocalHdfs:
         """Returns where ports and processes are noted."""
         return self.directory / "state.json"
 
-    def _load(self) -> None:
+    def _load(self, *, keep_names: bool) -> None:
         """Reads what an earlier run has noted."""
         with contextlib.suppress(FileNotFoundError):
             state = json.loads(self._state_path().read_text())
             self._ports, self._processes = state["ports"], state["processes"]
-            if self.running():
+            if self.running() or not keep_names:
                 self.names = state["names"]
 
     def _save(self) -> None:
         """Notes ports and processes, in one step."""
         temporary = self._state_path().with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"names": self.names, "ports": self._ports, "processes": self._processes}, indent=1)
-        )
+        state = {"names": self.names, "ports": self._ports, "processes": self._processes}
+        temporary.write_text(json.dumps(state, indent=1))
         temporary.replace(self._state_path())
 
 
@@ -426,17 +373,13 @@ def down(hdfs: LocalHdfs) -> None:
 
 def main() -> int:
     """Runs one command."""
-    parser = argparse.ArgumentParser(
-        prog="local_hdfs.py", description="A real HDFS on this machine, on 127.0.0.1 only."
-    )
+    parser = argparse.ArgumentParser(prog="local_hdfs.py", description="A real HDFS on 127.0.0.1.")
     parser.add_argument("command", choices=["up", "status", "down"])
-    parser.add_argument("--datanodes", type=int, default=2, help="how many DataNodes (default 2)")
-    parser.add_argument(
-        "--dir", default=str(cache_dir() / "local_hdfs"), help="files, state and logs (default %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=0, help="of the NameNode (default: the system chooses)")
+    parser.add_argument("--datanodes", type=int, help="how many DataNodes (default: as before, at first 2)")
+    parser.add_argument("--dir", default=str(cache_dir() / "local_hdfs"), help="files and logs (default %(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="of the NameNode (default: a free one)")
     args = parser.parse_args()
-    if args.datanodes < 1:
+    if args.datanodes is not None and args.datanodes < 1:
         parser.error(f"--datanodes: {args.datanodes} is too few; expected 1 or more")
     if not sys.platform.startswith("linux"):
         parser.error(f"{sys.platform} is not supported; expected Linux; use file:// URLs or a cluster's HDFS")

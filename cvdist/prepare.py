@@ -41,8 +41,10 @@ WORK_FOLDER = "_prepare"
 LISTING_NAME = "listing.parquet"
 JOB_NAME = "job.json"
 QUARANTINE_NAME = "quarantine.parquet"
-# A shard, or the temporary file of one, that a killed or doubled task has left.
-SHARD_FILE = re.compile(r"shard-\d+\.parquet|\.shard-\d+\.parquet\.[0-9a-f]{32}\.tmp")
+# What a killed or doubled task or run may have left: a shard, or a temporary file.
+LEFTOVER = re.compile(
+    r"shard-\d+\.parquet|\.(shard-\d+\.parquet|quarantine\.parquet|_common_metadata|manifest\.json)\.[0-9a-f]{32}\.tmp"
+)
 SPLIT_ORDER = ("train", "val", "test")
 READ_THREADS = 8
 PROBE_IMAGES = 32
@@ -128,11 +130,12 @@ def start(config: PrepareConfig) -> Job | Manifest:
     job = Job(
         config, tuple(found.classes), tuple(shards), found.table.num_rows + found.num_skipped, found.num_skipped, digest
     )
-    with storage.create(storage.join(work, LISTING_NAME), overwrite=True) as stream:
-        writer = pq.ParquetWriter(pa.PythonFile(stream, mode="w"), sources.SCHEMA, compression="ZSTD")
+    with (
+        storage.create(storage.join(work, LISTING_NAME), overwrite=True) as stream,
+        pq.ParquetWriter(pa.PythonFile(stream, mode="w"), sources.SCHEMA, compression="ZSTD") as writer,
+    ):
         for part in order:
-            writer.write_table(found.table.take(part), row_group_size=max(1, len(part)))
-        writer.close()
+            writer.write_table(found.table.take(part), row_group_size=len(part))
     storage.write_bytes(
         storage.join(work, JOB_NAME),
         json.dumps({"digest": digest, "settings": settings(config)}).encode(),
@@ -245,8 +248,10 @@ def write_shard(job: Job, index: int) -> ShardResult:
         inputs = pq.ParquetFile(pa.PythonFile(stream, mode="r")).read_row_group(index, use_threads=False).to_pylist()
     class_rows: collections.Counter[int] = collections.Counter()
     quarantined: list[dict[str, Any]] = []
-    with storage.create(storage.join(config.target_url, path), overwrite=True) as stream:
-        writer = ShardWriter(stream, config.row_group_bytes)
+    with (
+        storage.create(storage.join(config.target_url, path), overwrite=True) as output,
+        ShardWriter(output, config.row_group_bytes) as writer,
+    ):
         for entry, data in read_ahead(config.source_url, inputs):
             sha256 = "" if isinstance(data, Rejected) else hashlib.sha256(data).hexdigest()
             sample = data if isinstance(data, Rejected) else convert(data, spec)
@@ -332,11 +337,10 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
 
 def remove_leftovers(target: str, manifest: Manifest) -> None:
     """Deletes shards without rows, and what killed tasks have left behind."""
-    for name, split in manifest.splits.items():
-        kept = {shard.path for shard in split.shards}
-        for entry in storage.list_dir(storage.join(target, name)):
-            file = storage.name(entry.url)
-            if SHARD_FILE.fullmatch(file) and f"{name}/{file}" not in kept:
+    kept = {shard.path for split in manifest.splits.values() for shard in split.shards}
+    for folder in (target, *(storage.join(target, name) for name in manifest.splits)):
+        for entry in storage.list_dir(folder):
+            if LEFTOVER.fullmatch(storage.name(entry.url)) and storage.relative(entry.url, target) not in kept:
                 storage.delete(entry.url)
 
 

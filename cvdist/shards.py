@@ -189,7 +189,7 @@ def parse_manifest(body: dict[str, Any]) -> Manifest:
 
 
 class ShardWriter:
-    """Writes rows as one Parquet file into a binary stream, cutting row groups by bytes.
+    """Writes rows as one Parquet file into a binary stream, cutting row groups by bytes; to be used in a `with` statement.
 
     Deterministic: the same rows give the same bytes with the same version of pyarrow.
     """
@@ -210,6 +210,15 @@ class ShardWriter:
         self._groups: list[tuple[int, int, str]] = []  # rows, bytes, checksum
         self._rows: list[Row] = []
         self._pending_bytes = 0
+
+    def __enter__(self) -> ShardWriter:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Leaves a file unfinished that an error has ended; pyarrow would try to finish it later, on a closed stream."""
+        if kind is not None:
+            self._writer.is_open = False
 
     def add(self, row: Row) -> None:
         """Adds one sample."""

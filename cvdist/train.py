@@ -15,7 +15,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cvdist import storage
-from cvdist.config import Resolved, TrainConfig, dump, resolve
+from cvdist.config import Resolved, TrainConfig, canonical_split, dump, resolve
 from cvdist.errors import CheckpointError, ConfigError, CvdistError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     loader = Loader(
         config.data,
         manifest,
-        config.train_split,
+        canonical_split(config.train_split),
         world=world,
         global_batch=config.global_batch,
         image_size=plan.image_size,

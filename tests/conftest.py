@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local_hdfs import LocalHdfs, SetupError, find_java, hadoop_classpath
+from cluster.hadoop import SetupError, find_java, hadoop_classpath
+from cluster.local_hdfs import LocalHdfs
 from cvdist import storage
 
 pytest_plugins = ["tests.require_groups"]

@@ -29,6 +29,7 @@ OPTIONS = {
 SILENCES_PER_DEADLINE = 5
 # hdfs-native keeps idle connections to DataNodes for 3 s, and a forked child inherits them.
 IDLE_CONNECTION_S = 3.5
+MAX_REASON = 200
 # What a NameNode says while it starts or hands over; everything else it refuses for good.
 HDFS_PASSING = ("RetriableException", "StandbyException", "SafeModeException", "ObserverRetryOnActiveException")
 
@@ -212,6 +213,11 @@ class HdfsStore:
         remote = re.match(r'(?:Fatal)?RPCError\("([\w.$]+)", "(.*?)(?:\\n|"\)|$)', text)
         if remote:
             java, text = remote[1].rsplit(".", 1)[-1], remote[2]
+            if "could only be written to" in text:
+                return UnavailableError(
+                    f"{self.root}{path}: no DataNode takes another block ({text}); expected live DataNodes with room; see"
+                    " `hdfs dfsadmin -report`"
+                )
             if java in HDFS_PASSING:
                 return UnavailableError(
                     f"{self.root}{path}: the NameNode is not ready ({java}: {text}); try again later"
@@ -235,6 +241,8 @@ class HdfsStore:
         reason = self._unreachable()
         if reason:
             return UnavailableError(self._down(reason))
+        text = re.sub(r'^\w+\("(.*)"\)$', r"\1", text)  # how Rust prints its errors
+        text = text if len(text) < MAX_REASON else text[:MAX_REASON] + "..."
         return UnavailableError(f"{self.root}{path}: HDFS failed ({text}); expected healthy DataNodes; see their logs")
 
 

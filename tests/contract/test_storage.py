@@ -15,6 +15,7 @@ import threading
 import uuid
 from pathlib import Path
 
+import hdfs_native
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -439,6 +440,13 @@ class TestHdfs:
         environment = {**os.environ, "HADOOP_USER_NAME": "stranger"}
         done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         assert f"StorageError: {hdfs_url}/a: access is denied; expected permission for this user" in done.stderr
+
+    def test_a_write_after_a_failure_has_all_its_replicas_in_the_end(self, hdfs: LocalHdfs, hdfs_url: str) -> None:
+        url = storage.join(hdfs_url, "a")
+        with storage.create(url, after_failure=True) as file:
+            file.write(b"x" * 1000)
+        status = hdfs_native.Client(hdfs.url).get_file_info(url.removeprefix(hdfs.url))
+        assert (status.replication, status.length) == (2, 1000)
 
     def test_a_nameservice_of_the_hadoop_configuration_is_served_by_the_namenode_that_lives(
         self, hdfs: LocalHdfs, hdfs_url: str, tmp_path: Path

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local_hdfs import HOST, LocalHdfs
+from cluster.hadoop import HOST
+from cluster.local_hdfs import LocalHdfs
 from cvdist import storage
 from cvdist.errors import StorageError
 
@@ -224,6 +225,16 @@ class TestDataNodes:
         assert storage.exists(target) == landed
         if landed:
             assert storage.read_bytes(target) == data
+
+    def test_a_dead_one_that_hdfs_still_counts_does_not_fail_a_write(
+        self, fragile: LocalHdfs, fragile_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CVDIST_STORAGE_DEADLINE_S", "8")
+        data, target = random.Random(5).randbytes(MIB), storage.join(fragile_url, "a")
+        fragile.kill("datanode1")
+        storage.write_bytes(target, data)
+        assert storage.read_bytes(target) == data
+        assert [storage.name(entry.url) for entry in storage.list_dir(fragile_url)] == ["a"]
 
 
 class TestFullDisk:

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.local_hdfs import LocalHdfs, SetupError, find_java, hadoop_classpath, start_time
+from cluster.hadoop import SetupError, find_java, hadoop_classpath
+from cluster.local_hdfs import LocalHdfs, start_time
 from cvdist import storage
 
 ROOT = Path(__file__).parents[2]
@@ -75,10 +76,17 @@ def test_up_status_and_down_keep_files_and_may_be_repeated(tmp_path: Path, hadoo
         assert local_hdfs("status", *folder).returncode == 3
         assert local_hdfs("down", *folder).stdout.startswith("already down")
 
-        assert url in local_hdfs("up", "--datanodes", "1", *folder, **home).stdout
+        assert url in local_hdfs("up", *folder, **home).stdout
         assert storage.read_text(storage.join(url, "a", "b")) == "kept"
     finally:
         local_hdfs("down", *folder)
+
+
+def test_fewer_datanodes_than_before_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "datanode2").mkdir()
+    done = local_hdfs("up", "--datanodes", "1", "--dir", str(tmp_path))
+    assert done.returncode == 1
+    assert f"{tmp_path} holds the files of more than 1 DataNodes; expected at least as many as before" in done.stderr
 
 
 def test_down_never_ends_a_stranger_with_a_known_number(tmp_path: Path) -> None:
