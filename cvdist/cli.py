@@ -1,6 +1,6 @@
 """The command line: the only place that prints and exits.
 
-cvdist train | evaluate | show | models
+cvdist train | evaluate | inspect | show | models
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cvdist import __version__, errors
-from cvdist.config import Resolved, TrainConfig, parse, resolve
-from cvdist.errors import CvdistError
+from cvdist.arguments import parse
+from cvdist.config import MAX_SEED, Resolved, TrainConfig, canonical_split, require_range, resolve
+from cvdist.errors import ConfigError, CvdistError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cvdist.comm import World
     from cvdist.metrics import Meter
+    from cvdist.proof import Audit
     from cvdist.shards import Manifest
 
 PROGRESS_EVERY_S = 10.0
+MAX_CLASSES_SHOWN = 20
 USAGE = """usage: cvdist VERB ... (cvdist VERB --help lists the settings of a verb)
 
   cvdist train --data URL --model NAME --epochs E --global_batch B --run URL   train; the same as python -m cvdist.train
   cvdist evaluate RUN_URL [--split test] [--json]                              exact top-1, top-5 and loss of a run
+  cvdist inspect DATA_URL [--grid OUT.png] [--verify]                          what a data set holds, looks like; whether it is whole
   cvdist show CONFIG.yaml [--size N]                                           what a configuration means on N ranks
   cvdist models                                                                names for --model
   cvdist --version"""
@@ -44,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": run_train,
         "evaluate": run_evaluate,
+        "inspect": run_inspect,
         "show": run_show,
         "models": run_models,
     }
@@ -141,6 +146,94 @@ def run_evaluate(argv: list[str]) -> None:
     )
     if world.rank == 0:
         report.say(json.dumps(result) if arguments.json else evaluation_line(result))
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectArguments:
+    """Prints what a data set holds, without Spark and without TensorFlow.
+
+    Attributes:
+        data: URL of the data set.
+        grid: Write a picture (PNG) of random samples of each class to this path or URL.
+        split: Which split the samples are of.
+        samples: Samples of each class.
+        seed: Of the choice.
+        verify: Re-read everything and prove it, as jobs/audit.py does.
+        strict: Verify, and take a photo in two splits or in two classes for an error, not a warning.
+    """
+
+    data: str
+    grid: str | None = None
+    split: str = "train"
+    samples: int = 8
+    seed: int = 0
+    verify: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses values that no picture can be drawn with."""
+        require_range("samples", self.samples, 1, 100)
+        require_range("seed", self.seed, 0, MAX_SEED)
+
+
+def run_inspect(argv: list[str]) -> None:
+    """`cvdist inspect DATA_URL [--grid OUT.png] [--verify]`."""
+    arguments = parse(InspectArguments, argv, prog="cvdist inspect", positional=("data",))
+    from cvdist import card, grid, proof, storage
+    from cvdist.shards import read_manifest
+
+    url = storage.check_url(arguments.data, "data").rstrip("/")
+    manifest = read_manifest(url)
+    show_data_set(url, manifest)
+    say(f"  {card.imbalance(manifest)}")
+    say("\n".join(f"  {line}" for line in aligned(card.class_table(manifest, MAX_CLASSES_SHOWN))))
+    if arguments.grid is not None:
+        split = canonical_split(arguments.split)
+        if split not in manifest.splits:
+            names = ", ".join(manifest.splits)
+            raise ConfigError(f"split: {split!r} is not in the data set {url}; expected one of {names}; choose one")
+        is_url = "://" in arguments.grid
+        target = arguments.grid if is_url else f"file://{os.path.abspath(arguments.grid)}"
+        picture = grid.draw(url, manifest, split, per_class=arguments.samples, seed=arguments.seed)
+        storage.write_bytes(storage.check_url(target, "grid"), picture.png, overwrite=True)
+        say(f"  drawn to {arguments.grid}: {picture.caption}")
+    if arguments.verify or arguments.strict:
+        with contextlib.closing(ReadProgress(manifest.num_rows)) as progress:
+            audit = proof.audit_here(url, manifest, progress=progress.add)
+        show_audit(audit)
+        proof.require_proven(url, audit, strict=arguments.strict)
+
+
+class ReadProgress:
+    """How far a re-reading is, on stderr: a line that is overwritten in a terminal, elsewhere a line every 10 s."""
+
+    def __init__(self, num_samples: int) -> None:
+        """Starts the clock."""
+        self._total, self._done = num_samples, 0
+        self._started_s = self._last_s = time.monotonic()
+        self._moves = sys.stderr.isatty()
+
+    def add(self, num_samples: int) -> None:
+        """Shows that so many more are done."""
+        self._done += num_samples
+        now_s = time.monotonic()
+        if now_s - self._last_s < (0.2 if self._moves else PROGRESS_EVERY_S):
+            return
+        self._last_s = now_s
+        per_s = self._done / (now_s - self._started_s)
+        left_s = (self._total - self._done) / per_s
+        line = f"re-read {self._done:,} of {self._total:,} samples  {per_s:,.0f}/s  {left_s:,.0f} s to go"
+        if self._moves:
+            sys.stderr.write(f"\r{line}\033[K")
+            sys.stderr.flush()
+        else:
+            say(line, error=True)
+
+    def close(self) -> None:
+        """Takes the line off the terminal."""
+        if self._moves:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +401,28 @@ def show_data_set(url: str, manifest: Manifest) -> None:
     )
     if manifest.num_quarantined:
         say(f"  reasons in {url}/quarantine.parquet")
+
+
+def show_audit(audit: Audit) -> None:
+    """Prints what re-reading a data set has found."""
+    from cvdist import proof
+
+    say("\n".join(proof.report_lines(audit)))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table: the second column, of names, to the left, the others to the right."""
+    from rich.cells import cell_len
+
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - cell_len(cell)) for width, cell in zip(widths, row, strict=True)]
+        cells = (
+            cell + gap if column == 1 else gap + cell for column, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cvdist import sources, storage
+from cvdist.card import CARD_NAME, card
 from cvdist.config import PrepareConfig, dump
 from cvdist.errors import ConfigError, DataError
 from cvdist.images import MAX_BYTES, ImageSpec, Rejected, convert
@@ -43,7 +44,7 @@ JOB_NAME = "job.json"
 QUARANTINE_NAME = "quarantine.parquet"
 # What a killed or doubled task or run may have left: a shard, or a temporary file.
 LEFTOVER = re.compile(
-    r"shard-\d+\.parquet|\.(shard-\d+\.parquet|quarantine\.parquet|_common_metadata|manifest\.json)\.[0-9a-f]{32}\.tmp"
+    r"shard-\d+\.parquet|\.(shard-\d+\.parquet|quarantine\.parquet|_common_metadata|README\.md|manifest\.json)\.[0-9a-f]{32}\.tmp"
 )
 SPLIT_ORDER = ("train", "val", "test")
 READ_THREADS = 8
@@ -287,7 +288,7 @@ def read_ahead(source_url: str, inputs: Sequence[dict[str, Any]]) -> Iterator[tu
 
 
 def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
-    """Counts what the shards hold, and writes quarantine, Petastorm metadata and, last, the manifest.
+    """Counts what the shards hold, and writes quarantine, Petastorm metadata, card and, last, the manifest.
 
     Raises:
         DataError: Too many inputs were rejected, or a split or class lost all its images; the shards are removed.
@@ -317,7 +318,7 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
     try:
         check_quarantine(job, manifest, quarantined)
     except DataError:
-        for name in (*manifest.splits, WORK_FOLDER):
+        for name in (*manifest.splits, QUARANTINE_NAME, CARD_NAME, WORK_FOLDER):
             storage.delete(storage.join(target, name), recursive=True)
         raise
     remove_leftovers(target, manifest)
@@ -330,6 +331,7 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
         metadata = petastorm_metadata(split.shards, config.codec)
         if metadata is not None:
             storage.write_bytes(storage.join(target, name, "_common_metadata"), metadata, overwrite=True)
+    storage.write_bytes(storage.join(target, CARD_NAME), card(manifest, quarantined).encode(), overwrite=True)
     write_manifest(target, manifest)
     storage.delete(storage.join(target, WORK_FOLDER), recursive=True)
     return manifest

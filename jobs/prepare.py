@@ -11,7 +11,8 @@ import sys
 from pyspark.sql import SparkSession
 
 from cvdist import cli, prepare
-from cvdist.config import PrepareConfig, parse
+from cvdist.arguments import parse
+from cvdist.config import PrepareConfig
 from cvdist.shards import Manifest
 
 

@@ -210,8 +210,9 @@ class TestDataNodes:
 
     @pytest.mark.parametrize("after_s", [0.05, 0.2, 0.4])
     def test_killing_one_during_a_write_never_leaves_a_cut_file(
-        self, fragile: LocalHdfs, fragile_url: str, after_s: float
+        self, fragile: LocalHdfs, fragile_url: str, after_s: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setenv("CVDIST_STORAGE_DEADLINE_S", "8")
         data, target = random.Random(3).randbytes(64 * MIB), storage.join(fragile_url, "a")
         killer = threading.Timer(after_s, fragile.kill, ["datanode1"])
         killer.start()

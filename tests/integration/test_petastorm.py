@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,10 +112,10 @@ def assert_same(found: list[tuple[str, int, Pixels]], expected: Rows) -> None:
         np.testing.assert_array_equal(pixels, expected[key][1], err_msg=key)
 
 
-def as_petastorm_reads(url: str) -> dict[str, Any]:
-    """Returns the arguments that lead Petastorm to the train split."""
+def opened(make: Callable[..., Any], url: str) -> Any:
+    """Opens the train split with one of Petastorm's two functions."""
     root = url[: url.index("/", url.index("://") + 3)]
-    return {"dataset_url": storage.join(url, "train"), "filesystem": StorageFileSystem(root), **POOL}
+    return make(storage.join(url, "train"), filesystem=StorageFileSystem(root), **POOL)
 
 
 @pytest.mark.parametrize("codec, channels", [("jpeg", 3), ("jpeg", 1), ("raw", 3), ("raw", 1)])
@@ -125,7 +126,7 @@ def test_petastorm_sees_the_rows_that_the_loader_sees(
     manifest = prepared(photos, url, codec, channels)
     expected = seen_by_the_loader(url, manifest)
 
-    with petastorm.make_reader(**as_petastorm_reads(url)) as reader:
+    with opened(petastorm.make_reader, url) as reader:
         rows = list(reader)
     # Its JPEG codec gives grey images without a channel.
     assert_same([(row.key, int(row.label), row.image.reshape(32, 32, channels)) for row in rows], expected)
@@ -133,7 +134,7 @@ def test_petastorm_sees_the_rows_that_the_loader_sees(
     assert {type(row.image_xxh3) for row in rows} == {np.int64}
 
     found = []
-    with petastorm.make_batch_reader(**as_petastorm_reads(url)) as reader:
+    with opened(petastorm.make_batch_reader, url) as reader:
         for batch in reader:
             for key, label, image in zip(batch.key, batch.label, batch.image, strict=True):
                 if codec == "raw":

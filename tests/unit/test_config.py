@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cvdist.config import PrepareConfig, Resolved, TrainConfig, dump, from_dict, parse, resolve
+from cvdist.arguments import parse
+from cvdist.config import PrepareConfig, Resolved, TrainConfig, dump, from_dict, resolve
 from cvdist.errors import ConfigError
 from tests.made_splits import made_manifest
 

@@ -134,16 +134,17 @@ def test_nothing_but_the_data_set_is_left_in_the_target(source: Path, tmp_path: 
     shards = {shard.path for split in manifest.splits.values() for shard in split.shards}
     others = set(content(tmp_path / "set")) - shards
     assert "manifest.json" in others
-    assert others - {"manifest.json"} <= {f"{name}/_common_metadata" for name in manifest.splits}
-    assert {path.name for path in (tmp_path / "set").iterdir()} == {*manifest.splits, "manifest.json"}
+    assert others - {"README.md", "manifest.json"} <= {f"{name}/_common_metadata" for name in manifest.splits}
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {*manifest.splits, "README.md", "manifest.json"}
 
 
 def test_a_file_too_large_to_be_an_image_is_quarantined_without_being_read(source: Path, tmp_path: Path) -> None:
     with (source / "bee" / "huge.jpg").open("wb") as file:
-        file.truncate(1 << 40)  # a hole: a terabyte that takes no room
+        file.truncate(2 * MAX_BYTES)  # a hole that takes no room
     prepared(source, tmp_path / "set", max_bad_fraction=0.1)
     (row,) = pq.read_table(tmp_path / "set" / "quarantine.parquet").to_pylist()
-    assert (row["path"], row["reason"], row["size_bytes"]) == ("bee/huge.jpg", "too_many_bytes", 1 << 40)
+    assert (row["path"], row["reason"], row["size_bytes"]) == ("bee/huge.jpg", "too_many_bytes", 2 * MAX_BYTES)
+    assert row["sha256"] == ""
     assert str(MAX_BYTES) in row["detail"]
 
 

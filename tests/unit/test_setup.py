@@ -211,13 +211,18 @@ def test_setup_of_a_new_checkout_has_something_to_do(checkout: Path) -> None:
 @pytest.mark.parametrize("target", ["lint", "test", "test-fast", "demo", "lock"])
 def test_every_target_sets_up_first(target: str) -> None:
     result = subprocess.run(
-        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        ["make", "--no-print-directory", "--dry-run", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert result.stdout.splitlines()[0] == "requirements/setup.sh"
 
 
 def test_demo_passes_a_directory_of_images_on() -> None:
-    command = ["make", "--dry-run", "demo", "IMAGES=../my photos"]
+    command = ["make", "--no-print-directory", "--dry-run", "demo", "IMAGES=../my photos"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.splitlines()[-1].endswith('python cluster/demo.py --images "../my photos"')
 
