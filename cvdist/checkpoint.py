@@ -318,7 +318,7 @@ class Checkpointer:
         """Writes one file, from its start again where the storage failed; returns its bytes and sha256."""
         for attempt in range(1, WRITE_ATTEMPTS + 1):
             try:
-                with storage.create(url, overwrite=True) as file:
+                with storage.create(url, overwrite=True, after_failure=attempt > 1) as file:
                     stream = _HashingStream(file)
                     write(stream)
                 return {"bytes": stream.num_bytes, "sha256": stream.sha256.hexdigest()}

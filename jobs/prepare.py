@@ -6,6 +6,7 @@ spark-submit jobs/prepare.py SOURCE_URL TARGET_URL [--image_size 224] [--resize 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 
 from pyspark.sql import SparkSession
@@ -31,6 +32,8 @@ def run(argv: list[str]) -> None:
     finally:
         spark.stop()
     cli.show_data_set(config.target_url, prepare.finish(job, results))
+    if importlib.util.find_spec("petastorm") is None:
+        cli.say("  Petastorm is not installed here: its make_batch_reader can open this data set, make_reader cannot")
 
 
 if __name__ == "__main__":
