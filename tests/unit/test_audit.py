@@ -163,9 +163,10 @@ def test_channel_mean_and_std_are_those_of_all_pixels_of_train(clean: Path) -> N
 def test_pixel_sums_are_exact_where_float32_counts_are_not() -> None:
     pixels = np.full((4111, 4099, 1), 255, np.uint8)
     assert pixels.size > 1 << 24
-    pixels[0, 0] = 254
-    sums = audit.pixel_sums(pixels)
-    assert sums == audit.PixelSums(pixels.size, (255 * pixels.size - 1,), (255**2 * pixels.size - 255**2 + 254**2,))
+    pixels[0, :2] = 254
+    n = pixels.size - 2
+    assert int(np.float32(n)) != n
+    assert audit.pixel_sums(pixels) == audit.PixelSums(n + 2, (255 * n + 2 * 254,), (255**2 * n + 2 * 254**2,))
 
 
 @pytest.mark.parametrize("num_buckets", [1, 3, 50])
@@ -520,6 +521,19 @@ def test_inspect_shows_a_data_set_without_tensorflow_and_spark(clean: Path, tmp_
     assert "48 to 64 images per class in train (largest to smallest 1.33 : 1)." in done.stdout
     assert "proven         every byte, row, label, pixel and key is what the manifest says" in done.stdout
     assert not (clean / "audit.json").exists()
+
+
+def test_verifying_says_how_far_it_is(
+    clean: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "PROGRESS_EVERY_S", 0.0)
+    assert cli.main(["inspect", f"file://{clean}", "--verify"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    done = [int(line.split()[1]) for line in lines]
+    assert len(done) >= 4
+    assert done == sorted(done)
+    assert lines[-1].startswith("re-read 200 of 200 samples  ")
+    assert lines[-1].endswith("/s  0 s to go")
 
 
 def test_inspect_verify_finds_what_is_wrong(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
