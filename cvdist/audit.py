@@ -21,12 +21,11 @@ import xxhash
 from cvdist import storage
 from cvdist.errors import NotFoundError
 from cvdist.images import ImageSpec, Pixels, decode_stored
-from cvdist.loader import Window
+from cvdist.loader import Window, read_columns
 from cvdist.repeats import ROWS
-from cvdist.shards import SCHEMA, Shard
+from cvdist.shards import MAGIC, SCHEMA, Shard, footer_offset
 
 MAX_PROBLEMS = 4
-MAGIC = b"PAR1"
 PIECE_BYTES = 1 << 20
 # calcHist counts in float32, which is exact up to here.
 COUNT_PIXELS = 1 << 24
@@ -152,7 +151,7 @@ class ShardAuditor:
         """Checks the file's parts, the rows of each, and the file as a whole; a fault is named once, as narrowly as can be."""
         shard = self._shard
         lengths = {len(shard.row_group_rows), len(shard.row_group_bytes), len(shard.row_group_xxh3)}
-        footer_start = len(MAGIC) + sum(shard.row_group_bytes)
+        footer_start = footer_offset(shard)
         if len(lengths) > 1 or sum(shard.row_group_rows) != shard.num_rows or footer_start >= shard.num_bytes:
             self._problem("", "its row groups do not add up in the manifest", "the rows and bytes of the shard")
             return
@@ -218,8 +217,7 @@ class ShardAuditor:
         before, table = self.num_problems, None
         try:
             if footer is not None:
-                file = pq.ParquetFile(pa.PythonFile(Window(data, offset, self._shard.num_bytes)), metadata=footer)
-                read = file.read_row_group(index, columns=columns, use_threads=False)
+                read = read_columns(Window(data, offset, self._shard.num_bytes), footer, index, columns)
                 read.validate(full=True)
                 table = read
         except (pa.ArrowException, OSError, ValueError) as error:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cvdist import __version__, errors
 from cvdist.arguments import parse
-from cvdist.config import MAX_SEED, Resolved, TrainConfig, canonical_split, require_range, resolve
-from cvdist.errors import ConfigError, CvdistError
+from cvdist.config import MAX_SEED, Resolved, TrainConfig, require_range, require_split, resolve
+from cvdist.errors import CvdistError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -135,7 +135,6 @@ def run_evaluate(argv: list[str]) -> None:
 
     world = comm.init()
     comm.configure_devices(world)
-    report = Reporter(world)
     result = evaluate_run(
         arguments.run,
         split=arguments.split,
@@ -144,8 +143,7 @@ def run_evaluate(argv: list[str]) -> None:
         data_url=arguments.data,
         global_batch=arguments.global_batch,
     )
-    if world.rank == 0:
-        report.say(json.dumps(result) if arguments.json else evaluation_line(result))
+    Reporter(world).say(json.dumps(result) if arguments.json else evaluation_line(result))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +186,7 @@ def run_inspect(argv: list[str]) -> None:
     say(f"  {card.imbalance(manifest)}")
     say("\n".join(f"  {line}" for line in aligned(card.class_table(manifest, MAX_CLASSES_SHOWN))))
     if arguments.grid is not None:
-        split = canonical_split(arguments.split)
-        if split not in manifest.splits:
-            names = ", ".join(manifest.splits)
-            raise ConfigError(f"split: {split!r} is not in the data set {url}; expected one of {names}; choose one")
+        split = require_split("split", arguments.split, manifest, url)
         is_url = "://" in arguments.grid
         target = arguments.grid if is_url else f"file://{os.path.abspath(arguments.grid)}"
         picture = grid.draw(url, manifest, split, per_class=arguments.samples, seed=arguments.seed)

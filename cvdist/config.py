@@ -18,6 +18,7 @@ if MYPY:
 
 T = TypeVar("T")
 MIB = 1 << 20
+CONFIG_NAME = "config.json"  # of a run
 MAX_SEED = (1 << 32) - 1
 
 
@@ -302,16 +303,11 @@ def resolve(config: TrainConfig, manifest: Manifest, world_size: int) -> Resolve
     Raises:
         ConfigError: The global batch does not divide over the ranks, or the split cannot feed them.
     """
-    batch, splits = config.global_batch, sorted(manifest.splits)
-    train_split = canonical_split(config.train_split)
-    eval_split = (
-        canonical_split(config.evaluate.split) if config.evaluate.split else ("val" if "val" in splits else None)
-    )
-    for name, split in (("train_split", train_split), ("evaluate.split", eval_split)):
-        if split is not None and split not in splits:
-            raise ConfigError(
-                f"{name}: {split!r} is not in the data set {config.data}; expected one of {', '.join(splits)}; use one of them"
-            )
+    batch = config.global_batch
+    train_split = require_split("train_split", config.train_split, manifest, config.data)
+    eval_split = "val" if "val" in manifest.splits else None
+    if config.evaluate.split:
+        eval_split = require_split("evaluate.split", config.evaluate.split, manifest, config.data)
     rows = manifest.splits[train_split].num_rows
     if rows < world_size:
         raise ConfigError(
@@ -363,6 +359,17 @@ def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
 def canonical_split(name: str) -> str:
     """Returns the one name of a split: validation is val."""
     return "val" if name == "validation" else name
+
+
+def require_split(name: str, split: str, manifest: Manifest, data_url: str) -> str:
+    """Returns the one name of the split that the setting `name` asks for; raises ConfigError where the data set has none such."""
+    split = canonical_split(split)
+    if split not in manifest.splits:
+        known = ", ".join(sorted(manifest.splits))
+        raise ConfigError(
+            f"{name}: {split!r} is not in the data set {data_url}; expected one of {known}; use one of them"
+        )
+    return split
 
 
 def require_range(name: str, value: float, low: float, high: float) -> None:

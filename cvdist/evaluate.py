@@ -6,19 +6,16 @@ import dataclasses
 import json
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from cvdist import checkpoint, comm, metrics, storage
 from cvdist.comm import World
-from cvdist.config import LoaderConfig, TrainConfig, canonical_split, from_dict
+from cvdist.config import CONFIG_NAME, LoaderConfig, TrainConfig, from_dict, require_split
 from cvdist.errors import ConfigError, CvdistError, DataError, NotFoundError
 from cvdist.loader import Loader
-from cvdist.models import create_model
+from cvdist.models import create_model, logits_of
 from cvdist.shards import Manifest, read_manifest
-
-CONFIG_NAME = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +101,7 @@ def evaluate_run(
         config = read_config(storage.check_url(run_url, "run"))
         url = storage.check_url(data_url or config.data, "data")
         manifest = read_manifest(url)
-        split = canonical_split(split)
-        if split not in manifest.splits:
-            raise ConfigError(
-                f"split: {split!r} is not in {url}; expected one of {', '.join(manifest.splits)}; correct --split"
-            )
+        split = require_split("split", split, manifest, url)
         saved = checkpoint.require_latest(run_url, report) if world.rank == 0 else None
         image_size = config.image_size or manifest.image.image_size
         shape = (image_size, image_size, manifest.image.channels)
@@ -121,7 +114,7 @@ def evaluate_run(
         failure = error
     comm.all_ranks_ok(world, failure)
     comm.broadcast(model.variables, world)
-    logits_model = keras.Model(model.input, model.get_layer("logits").output)
+    logits_model = logits_of(model)
     per_rank_batch = max(1, (global_batch or config.global_batch) // world.size)
     evaluator = Evaluator(url, manifest, split, image_size, per_rank_batch * world.size, config.loader, world)
     sums = evaluator.run(tf.function(lambda images: logits_model(images, training=False), jit_compile=False))

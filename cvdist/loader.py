@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import io
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from cvdist.config import AugmentConfig, LoaderConfig
 from cvdist.errors import DataError, NotFoundError
 from cvdist.images import Pixels, decode_stored
 from cvdist.plan import EpochPlan, Step
-from cvdist.shards import Manifest, Shard, row_group_offsets
+from cvdist.shards import Manifest, Shard, footer_offset, row_group_offsets
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -113,9 +113,7 @@ class ShardReader:
             footer = pq.read_metadata(pa.BufferReader(self._footer(url, shard)))
             data = storage.read_range(url, offset, shard.row_group_bytes[index])
             is_intact = xxhash.xxh3_64_hexdigest(data) == shard.row_group_xxh3[index]
-            table = pq.ParquetFile(
-                pa.PythonFile(Window(data, offset, shard.num_bytes)), metadata=footer
-            ).read_row_group(index, columns=list(COLUMNS), use_threads=False)
+            table = read_columns(Window(data, offset, shard.num_bytes), footer, index, COLUMNS)
         except NotFoundError:
             raise DataError(
                 f"{url} does not exist; expected the shard that the manifest names; restore it or prepare again"
@@ -153,7 +151,7 @@ class ShardReader:
                 raise DataError(
                     f"{url} holds {size} bytes; expected {shard.num_bytes}; restore the shard or prepare again"
                 )
-            start = 4 + sum(shard.row_group_bytes)
+            start = footer_offset(shard)
             footer = storage.read_range(url, start, size - start)
             if xxhash.xxh3_64_hexdigest(footer) != shard.footer_xxh3:
                 raise DataError(
@@ -196,6 +194,16 @@ class Window(io.RawIOBase):
             raise ValueError(f"bytes {start} to {end} lie outside of the stretch at {self._offset} + {len(self._data)}")
         self._place = end
         return bytes(self._data[start - self._offset : end - self._offset])
+
+
+def read_columns(window: Window, footer: pq.FileMetaData, index: int, columns: Sequence[str]) -> pa.Table:
+    """Returns columns of row group `index`, whose bytes are in memory.
+
+    Raises:
+        pyarrow.ArrowException, OSError, ValueError: The bytes are no such row group.
+    """
+    file = pq.ParquetFile(pa.PythonFile(window), metadata=footer)
+    return file.read_row_group(index, columns=list(columns), use_threads=False)
 
 
 class Loader:

@@ -323,10 +323,9 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
         raise
     remove_leftovers(target, manifest)
     if quarantined:
-        with storage.create(storage.join(target, QUARANTINE_NAME), overwrite=True) as stream:
-            buffer = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(quarantined, schema=QUARANTINE_SCHEMA), buffer)
-            stream.write(buffer.getvalue())
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(quarantined, schema=QUARANTINE_SCHEMA), buffer)
+        storage.write_bytes(storage.join(target, QUARANTINE_NAME), buffer.getvalue(), overwrite=True)
     for name, split in manifest.splits.items():
         metadata = petastorm_metadata(split.shards, config.codec)
         if metadata is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import posixpath
@@ -27,6 +28,7 @@ from cvdist.images import ImageSpec
 FORMAT = "cvdist"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MAGIC = b"PAR1"  # how a Parquet file begins; row groups follow
 MIN_GROUP_ROWS = 16
 MAX_GROUP_ROWS = 4096
 
@@ -299,8 +301,13 @@ class HashingStream(io.RawIOBase):
 
 
 def row_group_offsets(shard: Shard) -> list[int]:
-    """Returns where each row group of a shard begins: behind the 4 bytes of the magic, one after the other."""
-    return [int(offset) for offset in 4 + np.concatenate([[0], np.cumsum(shard.row_group_bytes[:-1], dtype=np.int64)])]
+    """Returns where each row group of a shard begins: behind the magic, one after the other."""
+    return [len(MAGIC) + before for before in itertools.accumulate(shard.row_group_bytes, initial=0)][:-1]
+
+
+def footer_offset(shard: Shard) -> int:
+    """Returns where the footer of a shard begins: behind the last row group."""
+    return len(MAGIC) + sum(shard.row_group_bytes)
 
 
 def petastorm_metadata(shards: Sequence[Shard], codec: str) -> bytes | None:

@@ -15,7 +15,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cvdist import storage
-from cvdist.config import Resolved, TrainConfig, canonical_split, dump, resolve
+from cvdist.config import CONFIG_NAME, Resolved, TrainConfig, canonical_split, dump, resolve
 from cvdist.errors import CheckpointError, ConfigError, CvdistError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 # TensorFlow and what needs it are imported inside of functions: --help answers in 0.2 s.
 
-CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 RESULT_NAME = "result.json"
 
@@ -70,7 +69,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     report.show_run(config, plan, models.describe(model), done_steps)
 
     # 2. One step. The mean is over the samples of the whole global batch that count, so padding changes nothing.
-    logits_model = keras.Model(model.input, model.get_layer("logits").output)
+    logits_model = models.logits_of(model)
     seeds = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
     moving = model.non_trainable_weights  # batch statistics; weights are variables without seeds
     loss_of = (
@@ -108,7 +107,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
         if plan.eval_split
         else None
     )
-    history = History(config.run, done_steps if config.resume else 0, world)
+    history = History(config.run, done_steps, world)
     saver = (
         checkpoint.Checkpointer(config.run, keep=config.checkpoint.keep, report=report.say) if world.rank == 0 else None
     )

@@ -100,6 +100,13 @@ def create_model(
         return keras.Model(images, probabilities, name=name)
 
 
+def logits_of(model: keras.Model) -> keras.Model:
+    """Returns the same network, weights shared, up to its logits: float32 (N, K), or (N, 1) for one or two classes."""
+    import keras
+
+    return keras.Model(model.input, model.get_layer("logits").output)
+
+
 def describe(model: keras.Model) -> dict[str, int]:
     """Returns the numbers of all and of trainable parameters of a model."""
 
