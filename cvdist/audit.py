@@ -20,10 +20,10 @@ import xxhash
 
 from cvdist import storage
 from cvdist.errors import NotFoundError
-from cvdist.images import ImageSpec, Pixels, decode_stored
+from cvdist.images import ImageSpec, Pixels, decode_stored, has_stored_size
 from cvdist.loader import Window, read_columns
 from cvdist.repeats import ROWS
-from cvdist.shards import MAGIC, SCHEMA, Shard, footer_offset
+from cvdist.shards import MAGIC, Shard, footer_offset
 
 MAX_PROBLEMS = 4
 PIECE_BYTES = 1 << 20
@@ -48,6 +48,7 @@ class Scope:
 
     data_url: str
     spec: ImageSpec
+    schema: pa.Schema
     num_classes: int
     num_buckets: int
 
@@ -179,8 +180,8 @@ class ShardAuditor:
             self._problem(", footer", f"it cannot be read ({one_line(error)})")
             return None
         schema = footer.schema.to_arrow_schema()
-        if not schema.equals(SCHEMA):
-            self._problem(", footer", f"the columns are {describe(schema)}", describe(SCHEMA))
+        if not schema.equals(self._scope.schema):
+            self._problem(", footer", f"the columns are {describe(schema)}", describe(self._scope.schema))
             return None
         found = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
         if found != self._shard.row_group_rows:
@@ -213,7 +214,7 @@ class ShardAuditor:
         """Checks a row group and each of its rows; in a damaged one it only looks for the damaged image."""
         place = f", row group {index}"
         is_intact = xxhash.xxh3_64_hexdigest(data) == self._shard.row_group_xxh3[index]
-        columns = SCHEMA.names if is_intact else ["image", "image_xxh3"]
+        columns = self._scope.schema.names if is_intact else ["image", "image_xxh3"]
         before, table = self.num_problems, None
         try:
             if footer is not None:
@@ -256,9 +257,10 @@ class ShardAuditor:
                 stated = f"{(height, width, spec.channels)}, as the row and the manifest say"
                 self._problem(where, f"height, width and channels of the image are {found}", stated)
                 continue
-            if min(height, width) != spec.image_size or (spec.resize == "exact" and height != width):
+            if not has_stored_size(height, width, spec):
                 sides = "both sides" if spec.resize == "exact" else "the shorter side"
-                self._problem(where, f"the image is {width} x {height} pixels", f"{sides} {spec.image_size}")
+                sides = f"{sides} {'at most ' if spec.keep_original else ''}{spec.image_size}"
+                self._problem(where, f"the image is {width} x {height} pixels", sides)
             if self._task.split == "train":
                 self.pixels += pixel_sums(pixels)
 

@@ -6,7 +6,6 @@ card wherever and whenever it was made, so neither URLs nor dates are in it.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib.metadata
 import json
@@ -25,12 +24,12 @@ MAX_CLASSES = 1000
 PACKAGES = ("pyarrow", "opencv-python-headless", "simplejpeg", "pillow")
 
 
-def card(manifest: Manifest, quarantined: Sequence[Mapping[str, Any]]) -> str:
+def card(manifest: Manifest, reasons: Mapping[str, tuple[int, str]]) -> str:
     """Returns the Markdown of README.md.
 
     Args:
         manifest: The data set.
-        quarantined: Its rejected inputs, each with path and reason.
+        reasons: Of its rejected inputs: how many for each reason, and the first path.
     """
     spec = manifest.image
     num_bytes = sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards)
@@ -38,7 +37,7 @@ def card(manifest: Manifest, quarantined: Sequence[Mapping[str, Any]]) -> str:
     sides = "both sides" if spec.resize == "exact" else "shorter side"
     stored = f"JPEG of quality {spec.quality}" if spec.codec == "jpeg" else "raw pixels"
     contents = f"{manifest.num_rows:,} images in {len(manifest.classes):,} classes, {num_bytes / 1e6:,.1f} MB."
-    rejected = f"{manifest.num_quarantined:,} quarantined + {manifest.num_skipped:,} skipped (no images by their names)"
+    rejected = f"{manifest.num_quarantined:,} quarantined + {manifest.num_skipped:,} skipped (no images by their names, or left out)"
     sections = [
         "# An image classification data set of cvdist",
         f"{contents} Each is {kinds[spec.channels]}, {sides} {spec.image_size} px, stored as {stored}.",
@@ -48,8 +47,11 @@ def card(manifest: Manifest, quarantined: Sequence[Mapping[str, Any]]) -> str:
         "## Classes",
         imbalance(manifest),
         markdown_table(class_table(manifest, MAX_CLASSES)),
+        *target_section(manifest),
         "## Quarantine",
-        quarantine_text(quarantined),
+        quarantine_text(manifest, reasons),
+        "## Repeats",
+        repeats_text(manifest),
         "## Use",
         USE,
         "## How it was made",
@@ -63,6 +65,11 @@ def card(manifest: Manifest, quarantined: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+KIND_WORDS = {
+    "duplicates": "more than once in a class of a split",
+    "leaks": "in more than one split",
+    "conflicts": "in more than one class",
+}
 USE = """DATA_URL is the folder of this file.
 
 ```bash
@@ -140,14 +147,30 @@ def imbalance(manifest: Manifest) -> str:
     return f"{min(rows):,} to {max(rows):,} images per class in {name} (largest to smallest {ratio})."
 
 
-def quarantine_text(quarantined: Sequence[Mapping[str, Any]]) -> str:
+def quarantine_text(manifest: Manifest, reasons: Mapping[str, tuple[int, str]]) -> str:
     """Says how many inputs were rejected for which reasons, each with the first path."""
-    if not quarantined:
+    if not reasons:
         return "No input was rejected."
-    counts = collections.Counter(str(entry["reason"]) for entry in quarantined)
-    first = {reason: min(str(e["path"]) for e in quarantined if e["reason"] == reason) for reason in counts}
-    rows = [[reason, f"{count:,}", first[reason]] for reason, count in sorted(counts.items())]
-    return f"`quarantine.parquet` lists them all.\n\n{markdown_table([['reason', 'inputs', 'first'], *rows])}"
+    rows = [[reason, f"{count:,}", first] for reason, (count, first) in sorted(reasons.items())]
+    files = ", ".join(f"`{table.path}`" for table in manifest.quarantine)
+    return f"All of them are in {files}.\n\n{markdown_table([['reason', 'inputs', 'first'], *rows])}"
+
+
+def repeats_text(manifest: Manifest) -> str:
+    """Says how many files are in the data set more than once."""
+    if not any(manifest.repeat_files.values()):
+        return "Every file is in the data set once."
+    rows = [[KIND_WORDS[kind], f"{manifest.repeat_files.get(kind, 0):,}"] for kind in KIND_WORDS]
+    files = ", ".join(f"`{table.path}`" for table in manifest.repeats)
+    return f"All of them are in {files}.\n\n{markdown_table([['files that are stored', 'files'], *rows])}"
+
+
+def target_section(manifest: Manifest) -> list[str]:
+    """Describes further labels, where there are any."""
+    if not manifest.targets:
+        return []
+    rows = [[target.name, target.kind, ", ".join(target.classes[:20])] for target in manifest.targets]
+    return ["## Further labels", markdown_table([["column", "kind", "classes"], *rows])]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

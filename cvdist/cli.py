@@ -391,11 +391,19 @@ def show_data_set(url: str, manifest: Manifest) -> None:
         shard_bytes = sum(shard.num_bytes for shard in split.shards)
         say(f"  {name:<6} {split.num_rows:>10,} samples in {len(split.shards)} shards, {shard_bytes / 1e6:,.1f} MB")
     say(
-        f"  {manifest.num_inputs:,} inputs = {manifest.num_rows:,} samples + {manifest.num_quarantined} quarantined"
-        f" + {manifest.num_skipped} skipped (no images by name)"
+        f"  {manifest.num_inputs:,} inputs = {manifest.num_rows:,} samples + {manifest.num_quarantined:,} quarantined"
+        f" + {manifest.num_skipped:,} skipped (no images by name, or left out)"
     )
-    if manifest.num_quarantined:
-        say(f"  reasons in {url}/quarantine.parquet")
+    for target in manifest.targets:
+        say(f"  target {target.name}: {target.kind}{f' of {len(target.classes)} classes' if target.classes else ''}")
+    for table in manifest.quarantine:
+        say(f"  reasons in {url}/{table.path}")
+    leaks, conflicts = (manifest.repeat_files.get(kind, 0) for kind in ("leaks", "conflicts"))
+    if leaks or conflicts:
+        say(
+            f"  WARNING: {leaks:,} files are in more than one split and {conflicts:,} in more than one class, see"
+            f" {url}/{manifest.repeats[-1].path}; --on_leak drop, or --split_by content, keeps splits apart"
+        )
 
 
 def show_audit(audit: Audit) -> None:

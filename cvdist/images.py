@@ -1,13 +1,13 @@
 """Image bytes to a stored sample or a reason for rejection. Pure: no files, no URLs, no state.
 
-The header is read and judged before any pixel is decoded; then decode, orient, resize, encode.
+The header is read and judged before any pixel is decoded (headers.py); then decode, orient, resize, encode. Small originals may be
+kept, with restart markers added (restart.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import struct
 from typing import Literal
 
 import cv2
@@ -16,16 +16,42 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from cvdist.errors import ConfigError
+from cvdist.headers import (
+    BACKGROUND,
+    FORMATS,
+    MAX_ASPECT,
+    MAX_BYTES,
+    MAX_PIXELS,
+    NPY,
+    Header,
+    Rejected,
+    Rules,
+    read_header,
+    read_orientation,
+)
+from cvdist.restart import require_keep_original, restart_interval, with_restarts
+
+__all__ = [
+    "BACKGROUND",
+    "MAX_ASPECT",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "ImageSpec",
+    "Pixels",
+    "Rejected",
+    "Rules",
+    "Sample",
+    "convert",
+    "decode_stored",
+    "encode",
+    "has_stored_size",
+    "require_keep_original",
+]
+
 Pixels = npt.NDArray[np.uint8]
 
-MAX_BYTES = 64 << 20
-MAX_PIXELS = 64_000_000
-MAX_ASPECT = 50
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-ORIENTATION_TAG = 0x0112
-BACKGROUND = (255, 255, 255)
-
-Image.MAX_IMAGE_PIXELS = None  # the gate below judges the size, with a message of its own
+RULES = Rules()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +64,7 @@ class ImageSpec:
         channels: 3 is RGB, 1 is grey.
         codec: jpeg, or raw: uint8 pixels behind a NumPy .npy header, as Petastorm's NdarrayCodec writes them.
         quality: JPEG quality, 1 to 100.
+        keep_original: Upright baseline JPEGs of these channels whose shorter side is at most image_size keep their pixels and size.
     """
 
     image_size: int
@@ -45,6 +72,7 @@ class ImageSpec:
     channels: Literal[1, 3]
     codec: Literal["jpeg", "raw"]
     quality: int
+    keep_original: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,76 +84,46 @@ class Sample:
     width: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Rejected:
-    """Why an input is not in the data set: a short reason code and a sentence."""
-
-    reason: str
-    detail: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What the first bytes of an image file say, before any pixel is decoded."""
-
-    format: str
-    mode: str
-    height: int
-    width: int
-    orientation: int
-
-
-def convert(data: bytes, spec: ImageSpec) -> Sample | Rejected:
+def convert(data: bytes, spec: ImageSpec, rules: Rules = RULES) -> Sample | Rejected:
     """Turns the bytes of an image file into a stored sample, or says why not.
 
     Raises:
+        ConfigError: Originals are to be kept, and the program for it is not installed.
         MemoryError: There is too little to decode it.
     """
     try:
-        header = read_header(data)
+        header = read_header(data, rules)
         if isinstance(header, Rejected):
             return header
-        pixels = resize(orient(decode(data, header, spec), header.orientation), spec)
+        pixels = decode(data, header, spec, rules)
+        if spec.keep_original and (kept := keep(data, header, spec, pixels)):
+            return kept
+        pixels = resize(pixels, spec)
         return Sample(encode(pixels, spec), *pixels.shape[:2])
-    except MemoryError:  # this machine is too small, which says nothing about the image
+    except (
+        MemoryError,
+        ConfigError,
+    ):  # this machine is too small or lacks a program, which says nothing about the image
         raise
     except Exception as error:  # one of the two broad catches of the design: any decoder error rejects this sample only
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         return Rejected("undecodable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def read_header(data: bytes) -> Header | Rejected:
-    """Reads format, size and orientation, and judges them against the limits of this module."""
-    if not data:
-        return Rejected("empty", "the file holds no bytes; expected an image")
-    if len(data) > MAX_BYTES:
-        return Rejected("too_many_bytes", f"{len(data)} bytes; expected at most {MAX_BYTES}")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            header = Header(image.format or "", image.mode, image.height, image.width, read_orientation(image))
-    except (OSError, ValueError, SyntaxError):
-        return Rejected("not_an_image", f"starts with {data[:8]!r}; expected one of {', '.join(FORMATS)}")
-    height, width = header.height, header.width
-    if height * width > MAX_PIXELS:
-        return Rejected("too_many_pixels", f"{width} x {height} pixels; expected at most {MAX_PIXELS} in all")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        return Rejected("extreme_aspect", f"{width} x {height} pixels; expected sides within 1:{MAX_ASPECT}")
-    return header
+def is_out_of_memory(error: Exception) -> bool:
+    """Says whether OpenCV or libjpeg got no memory, which they report in ways of their own."""
+    if isinstance(error, cv2.error):
+        return bool(error.code == cv2.Error.StsNoMem)
+    return isinstance(error, ValueError) and "nsufficient memory" in str(error)
 
 
-def read_orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation of a JPEG, 1 to 8; 1, upright, where there is none or it cannot be read."""
-    if image.format not in ("JPEG", "MPO"):
-        return 1
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG)
-    except (OSError, ValueError, SyntaxError, struct.error):
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def decode(data: bytes, header: Header, spec: ImageSpec) -> Pixels:
-    """Decodes to uint8 (H, W, C), 0-255 BGR or grey, perhaps scaled down by 2, 4 or 8 but never below the target size."""
+def decode(data: bytes, header: Header, spec: ImageSpec, rules: Rules = RULES) -> Pixels:
+    """Decodes to uint8 (H, W, C), 0-255 BGR or grey, upright, perhaps scaled down by 2, 4 or 8 but never below the target size."""
     if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        if (height, width) != (header.height, header.width):
+            raise ValueError(f"{width} x {height} pixels in one header, {header.width} x {header.height} in another")
         factor = power_of_two_factor(header, spec.image_size)
         scaled = simplejpeg.decode_jpeg(
             data,
@@ -135,11 +133,35 @@ def decode(data: bytes, header: Header, spec: ImageSpec) -> Pixels:
             min_factor=1,
             strict=True,
         )
-        return np.asarray(scaled, dtype=np.uint8)
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        flat = flatten(image).convert("RGB" if spec.channels == 3 else "L")
+        return orient(np.asarray(scaled, dtype=np.uint8), header.orientation)
+    mode = "RGB" if spec.channels == 3 else "L"
+    if header.format == NPY:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        flat, orientation = (
+            Image.fromarray(array.reshape(array.shape[:2]) if header.mode == "L" else array).convert(mode),
+            1,
+        )
+    else:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            orientation = read_orientation(image) if image.format in ("JPEG", "MPO", "PNG", "WEBP") else 1
+            flat = flatten(image, png_bits(data), rules.background).convert(mode)
     pixels = np.asarray(flat, dtype=np.uint8)
-    return np.ascontiguousarray(pixels[..., ::-1]) if spec.channels == 3 else pixels[..., None]
+    return orient(pixels[..., ::-1] if spec.channels == 3 else pixels[..., None], orientation)
+
+
+def keep(data: bytes, header: Header, spec: ImageSpec, pixels: Pixels) -> Sample | None:
+    """Returns a small original with restart markers added, where every one of its pixels stays as it is."""
+    is_small = spec.resize == "short" and spec.codec == "jpeg" and min(header.height, header.width) <= spec.image_size
+    if not is_small or header.format not in ("JPEG", "MPO") or header.orientation != 1:
+        return None
+    if simplejpeg.decode_jpeg_header(data)[2] != ("YCbCr" if spec.channels == 3 else "Gray"):
+        return None
+    image = with_restarts(data, spec.channels)
+    if image is None:
+        return None
+    stored = simplejpeg.decode_jpeg(image, colorspace="BGR" if spec.channels == 3 else "GRAY", strict=True)
+    return Sample(image, header.height, header.width) if np.array_equal(stored, pixels) else None
 
 
 def power_of_two_factor(header: Header, image_size: int) -> int:
@@ -151,14 +173,30 @@ def power_of_two_factor(header: Header, image_size: int) -> int:
     return next((factor for factor in (8, 4, 2) if short // factor >= image_size), 1)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Puts the first frame on a white background and brings 16-bit grey to 8 bits."""
+def png_bits(data: bytes) -> int:
+    """Returns the bits of one sample of a PNG; 8 for other formats. Source: PNG 1.2, section 4.1.1."""
+    return data[24] if data[12:16] == b"IHDR" else 8
+
+
+def flatten(image: Image.Image, bits: int, background: tuple[int, int, int]) -> Image.Image:
+    """Puts the first frame, decoded from `bits` a sample, on a background, and brings 16-bit grey to 8 bits."""
+    transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
-        wide = np.asarray(image, dtype=np.float64)
-        return Image.fromarray(np.clip(wide / 257, 0, 255).astype(np.uint8))
+        wide = np.asarray(image)
+        image = Image.fromarray(np.clip(wide // 257, 0, 255).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8)))
+    elif (
+        isinstance(transparent, tuple) and bits == 16
+    ):  # Pillow keeps the upper byte of each colour, but of this one both
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    elif (
+        isinstance(transparent, int) and image.mode == "L" and bits in (2, 4)
+    ):  # Pillow spreads grey to 0-255, but not this one
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba)
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
     return image
 
 
@@ -194,17 +232,11 @@ def encode(pixels: Pixels, spec: ImageSpec) -> bytes:
         return buffer.getvalue()
     options = [cv2.IMWRITE_JPEG_QUALITY, spec.quality, cv2.IMWRITE_JPEG_PROGRESSIVE, 0]
     options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
-    options += [cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval(pixels.shape[1], spec.channels)]
+    options += [cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval(pixels.shape[1], 16 if spec.channels == 3 else 8)]
     done, encoded = cv2.imencode(".jpg", pixels, options)
     if not done:
         raise ValueError(f"OpenCV could not encode {pixels.shape} pixels as JPEG")
     return encoded.tobytes()
-
-
-def restart_interval(width: int, channels: int) -> int:
-    """Returns how many MCUs lie between two restart markers: one that divides a row, so that the image is a grid of tiles."""
-    row_mcus = -(-width // (16 if channels == 3 else 8))
-    return next((interval for interval in (2, 3) if row_mcus % interval == 0), 1)
 
 
 def decode_stored(image: bytes | memoryview, spec: ImageSpec) -> Pixels:
@@ -218,3 +250,11 @@ def decode_stored(image: bytes | memoryview, spec: ImageSpec) -> Pixels:
     else:
         pixels = np.load(io.BytesIO(image), allow_pickle=False)
     return np.asarray(pixels, dtype=np.uint8)
+
+
+def has_stored_size(height: int, width: int, spec: ImageSpec) -> bool:
+    """Says whether an image of these pixels can be one that `convert` stored."""
+    if spec.resize == "exact":
+        return height == width == spec.image_size
+    short = min(height, width)
+    return short == spec.image_size or (spec.keep_original and 1 <= short <= spec.image_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 import operator
 import os
@@ -20,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cvdist import storage
-from cvdist.audit import PixelSums, Problem, Scope, ShardAudit, Task, audit_shard, one_line
+from cvdist.audit import PixelSums, Problem, Scope, ShardAudit, Task, audit_shard
 from cvdist.errors import DataError, NotFoundError
-from cvdist.prepare import QUARANTINE_NAME
 from cvdist.repeats import BUCKET_ROWS, KINDS, Repeats, Sighting, deal, find_repeats
 from cvdist.shards import MANIFEST_NAME, Manifest, Shard, manifest_bytes
 
@@ -64,7 +62,7 @@ def plan(data_url: str, manifest: Manifest) -> tuple[Scope, list[Task]]:
     splits = enumerate(manifest.splits.items())
     shards = [(name, index, shard) for index, (name, split) in splits for shard in split.shards]
     num_buckets = max(1, -(-manifest.num_rows // BUCKET_ROWS))
-    scope = Scope(data_url, manifest.image, len(manifest.classes), num_buckets)
+    scope = Scope(data_url, manifest.image, manifest.schema, len(manifest.classes), num_buckets)
     return scope, [Task(number, *rest) for number, rest in enumerate(shards)]
 
 
@@ -152,7 +150,7 @@ def conclude(data_url: str, manifest: Manifest, results: Iterable[ShardAudit | R
         raise DataError(
             f"{data_url}: {len(shards)} shards were audited; expected {len(tasks)}, each once; audit it again"
         )
-    beside = [*manifest_problems(manifest), *quarantine_problems(data_url, manifest)]
+    beside = [*manifest_problems(manifest), *table_problems(data_url, manifest)]
     counts = count_problems(manifest, tasks, shards)
     keys = repeats.pop("keys")
     problems = [
@@ -190,19 +188,21 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
                 yield Problem(MANIFEST_NAME, f"{shard.path} is a shard of {name}", f"shards in the folder {name}")
 
 
-def quarantine_problems(data_url: str, manifest: Manifest) -> Iterator[Problem]:
-    """Compares the rows of the quarantine with the manifest."""
-    expected = f"{manifest.num_quarantined} rows, as the manifest says"
-    try:
-        with storage.open_read(storage.join(data_url, QUARANTINE_NAME)) as stream:
-            num_rows = pq.ParquetFile(pa.PythonFile(stream, mode="r")).metadata.num_rows
-    except NotFoundError:
-        num_rows = 0
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield Problem(QUARANTINE_NAME, f"it cannot be read ({one_line(error)})", expected)
-        return
-    if num_rows != manifest.num_quarantined:
-        yield Problem(QUARANTINE_NAME, f"it holds {num_rows} rows", expected)
+def table_problems(data_url: str, manifest: Manifest) -> Iterator[Problem]:
+    """Compares the tables of quarantined inputs and of repeats with the manifest."""
+    listed = sum(table.num_rows for table in manifest.quarantine)
+    if listed != manifest.num_quarantined:
+        yield Problem(
+            MANIFEST_NAME, f"{manifest.num_quarantined} inputs are quarantined", f"{listed}, as in the tables it names"
+        )
+    for table in (*manifest.quarantine, *manifest.repeats):
+        try:
+            data = storage.read_bytes(storage.join(data_url, table.path))
+        except NotFoundError:
+            yield Problem(table.path, "the file does not exist", "the table that the manifest names")
+            continue
+        if hashlib.sha256(data).hexdigest() != table.sha256:
+            yield Problem(table.path, "the file differs from its sha256")
 
 
 def count_problems(manifest: Manifest, tasks: Sequence[Task], shards: Sequence[ShardAudit]) -> list[Problem]:

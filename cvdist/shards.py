@@ -13,8 +13,9 @@ import itertools
 import json
 import pickle
 import posixpath
+import sys
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from cvdist.errors import DataError, NotFoundError
 from cvdist.images import ImageSpec
 
 FORMAT = "cvdist"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAGIC = b"PAR1"  # how a Parquet file begins; row groups follow
 MIN_GROUP_ROWS = 16
@@ -43,14 +44,37 @@ SCHEMA = pa.schema(
         pa.field("source_sha256", pa.string(), nullable=False),
     ]
 )
-COMPRESSION = {"image": "NONE", "key": "ZSTD", "source_sha256": "ZSTD"} | dict.fromkeys(
-    ("label", "height", "width", "image_xxh3"), "NONE"
-)
+WEIGHT_COLUMN = "weight"
+ZSTD_COLUMNS = ("key", "source_sha256")
+TARGET_TYPES = {"multiclass": pa.int32(), "binary": pa.int32(), "regression": pa.float32()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A further label of a multi-task data set: a column of the shards under its own name.
+
+    Attributes:
+        name: Of the column.
+        kind: multiclass: int32, an index into `classes`, -1 where unknown. binary: int32, 0 or 1, -1 where unknown. regression:
+            float32, NaN where unknown.
+        classes: Names of a multiclass target's classes.
+    """
+
+    name: str
+    kind: Literal["multiclass", "binary", "regression"]
+    classes: tuple[str, ...] = ()
+
+
+def shard_schema(targets: Sequence[Target] = (), *, is_weighted: bool = False) -> pa.Schema:
+    """Returns the columns of a shard: those of every data set, then weight, then further targets."""
+    fields = [pa.field(WEIGHT_COLUMN, pa.float32(), nullable=False)] if is_weighted else []
+    fields += [pa.field(target.name, TARGET_TYPES[target.kind], nullable=False) for target in targets]
+    return pa.schema([*SCHEMA, *fields])
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One sample as it is stored."""
+    """One sample as it is stored; `others` are its values of the columns behind those of `SCHEMA`, in order."""
 
     key: str
     label: int
@@ -58,6 +82,7 @@ class Row:
     height: int
     width: int
     source_sha256: str
+    others: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +127,15 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    """A Parquet file beside the manifest, with rows for people and audits: path below the data set, rows, sha256 of the file."""
+
+    path: str
+    num_rows: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The data set: nothing outside it belongs to it.
 
@@ -110,10 +144,16 @@ class Manifest:
         image: How images are stored.
         splits: By name: train, val, test.
         num_inputs: Files listed; rows + quarantined + skipped.
-        num_quarantined: Images that could not be stored; quarantine.parquet says why.
-        num_skipped: Files that are no images by their names.
+        num_quarantined: Images that could not be stored; the tables in `quarantine` say why.
+        num_skipped: Files that are no images by their names, and images that the settings leave out.
         digest: sha256 of the listing and the settings that the rows are a function of.
         settings: The settings of the preparation, for people.
+        targets: Further labels of each sample.
+        is_weighted: Every sample has a weight of its own.
+        quarantine: Tables of rejected inputs; one for each generation that has any.
+        repeats: Tables of files that are in the data set more than once.
+        repeat_files: How many such files are duplicates within a class of a split, leaks between splits, conflicts between classes.
+        generations: Digest of each preparation that added to the data set, oldest first.
     """
 
     classes: tuple[str, ...]
@@ -124,6 +164,17 @@ class Manifest:
     num_skipped: int
     digest: str
     settings: dict[str, Any]
+    targets: tuple[Target, ...] = ()
+    is_weighted: bool = False
+    quarantine: tuple[Table, ...] = ()
+    repeats: tuple[Table, ...] = ()
+    repeat_files: dict[str, int] = dataclasses.field(default_factory=dict)
+    generations: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of its shards."""
+        return shard_schema(self.targets, is_weighted=self.is_weighted)
 
     @property
     def num_rows(self) -> int:
@@ -142,9 +193,9 @@ def body_sha256(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_manifest(url: str, manifest: Manifest) -> None:
+def write_manifest(url: str, manifest: Manifest, *, overwrite: bool = False) -> None:
     """Makes the folder `url` a data set. To be called last, when every shard is in place."""
-    storage.write_bytes(storage.join(url, MANIFEST_NAME), manifest_bytes(manifest), overwrite=False)
+    storage.write_bytes(storage.join(url, MANIFEST_NAME), manifest_bytes(manifest), overwrite=overwrite)
 
 
 def read_manifest(url: str) -> Manifest:
@@ -187,7 +238,16 @@ def parse_manifest(body: dict[str, Any]) -> Manifest:
             for shard in split["shards"]
         ]
         splits[name] = Split(tuple(Shard(**shard) for shard in shards), tuple(split["class_rows"]))
-    return Manifest(classes=tuple(body.pop("classes")), image=ImageSpec(**body.pop("image")), splits=splits, **body)
+    return Manifest(
+        classes=tuple(body.pop("classes")),
+        image=ImageSpec(**body.pop("image")),
+        splits=splits,
+        targets=tuple(Target(t["name"], t["kind"], tuple(t["classes"])) for t in body.pop("targets")),
+        quarantine=tuple(Table(**table) for table in body.pop("quarantine")),
+        repeats=tuple(Table(**table) for table in body.pop("repeats")),
+        generations=tuple(body.pop("generations")),
+        **body,
+    )
 
 
 class ShardWriter:
@@ -196,13 +256,14 @@ class ShardWriter:
     Deterministic: the same rows give the same bytes with the same version of pyarrow.
     """
 
-    def __init__(self, stream: BinaryIO | io.RawIOBase, row_group_bytes: int) -> None:
-        """Starts a file on `stream`, which the caller opens and closes."""
+    def __init__(self, stream: BinaryIO | io.RawIOBase, row_group_bytes: int, schema: pa.Schema = SCHEMA) -> None:
+        """Starts a file of the columns `shard_schema` on `stream`, which the caller opens and closes."""
         self._stream = HashingStream(stream)
+        self._schema = schema
         self._writer = pq.ParquetWriter(
             pa.PythonFile(self._stream, mode="w"),
-            SCHEMA,
-            compression=COMPRESSION,
+            schema,
+            compression={name: "ZSTD" if name in ZSTD_COLUMNS else "NONE" for name in schema.names},
             use_dictionary=False,
             write_statistics=False,
             store_schema=False,
@@ -244,7 +305,9 @@ class ShardWriter:
             pa.array(hashes, pa.int64()),
             pa.array([row.source_sha256 for row in rows], pa.string()),
         ]
-        self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(rows))
+        for index, field in enumerate(list(self._schema)[len(columns) :]):
+            columns.append(pa.array([row.others[index] for row in rows], field.type))
+        self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(rows))
         self._groups.append((len(rows), *self._stream.cut()))
         self._rows, self._pending_bytes = [], 0
 
@@ -310,7 +373,7 @@ def footer_offset(shard: Shard) -> int:
     return len(MAGIC) + sum(shard.row_group_bytes)
 
 
-def petastorm_metadata(shards: Sequence[Shard], codec: str) -> bytes | None:
+def petastorm_metadata(shards: Sequence[Shard], codec: str, schema: pa.Schema = SCHEMA) -> bytes | None:
     """Returns the bytes of Petastorm's `_common_metadata` for the folder of a split, or None where Petastorm is not installed.
 
     Source: Petastorm 0.13, etl/dataset_metadata.py: a pickled Unischema and the row groups per file, in the file's metadata.
@@ -322,22 +385,18 @@ def petastorm_metadata(shards: Sequence[Shard], codec: str) -> bytes | None:
         return None
     image_codec = CompressedImageCodec("jpeg") if codec == "jpeg" else NdarrayCodec()
     image = UnischemaField("image", np.uint8, (None, None, None), image_codec, False)
-    kinds = {
-        "key": np.str_,
-        "label": np.int32,
-        "height": np.int32,
-        "width": np.int32,
-        "image_xxh3": np.int64,
-        "source_sha256": np.str_,
-    }
-    fields = [image, *(UnischemaField(name, kind, (), None, False) for name, kind in kinds.items())]
+    kinds = {pa.string(): np.str_, pa.int32(): np.int32, pa.int64(): np.int64, pa.float32(): np.float32}
+    scalars = [field for field in schema if field.name != "image"]
+    # Interned, because a pickle shows which strings are one object: the same bytes in every process.
+    names = [sys.intern(field.name) for field in scalars]
+    fields = [image, *(UnischemaField(name, kinds[schema.field(name).type], (), None, False) for name in names)]
     groups = {posixpath.basename(shard.path): len(shard.row_group_rows) for shard in shards}
-    schema = SCHEMA.with_metadata(
+    described = schema.with_metadata(
         {
             b"dataset-toolkit.unischema.v1": pickle.dumps(Unischema("CvdistSchema", fields), protocol=2),
             b"dataset-toolkit.num_row_groups_per_file.v1": json.dumps(groups).encode(),
         }
     )
     buffer = io.BytesIO()
-    pq.write_metadata(schema, buffer)
+    pq.write_metadata(described, buffer)
     return buffer.getvalue()

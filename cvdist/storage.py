@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FileInfo", "FileWriter", "Limits", "TimedOutError", "UnavailableError", "check_url", "create", "delete", "exists", "join",
-    "list_dir", "make_dirs", "name", "open_read", "parent", "read_bytes", "read_range", "read_text", "relative", "rename", "stat",
-    "walk_files", "write_bytes", "write_text",
+    "list_dir", "make_dirs", "name", "open_read", "parent", "read_bytes", "read_range", "read_text", "relative", "rename", "scan_dir",
+    "stat", "walk_files", "write_bytes", "write_text",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -115,8 +115,29 @@ def list_dir(url: str) -> list[FileInfo]:
     return _caller(place).again(attempt)
 
 
+def scan_dir(url: str) -> Iterator[FileInfo]:
+    """Yields the entries of a directory in no order, hidden and temporary ones too; a long directory is never held as a whole.
+
+    A listing that fails after its first entries is not repeated: they have been yielded.
+
+    Raises:
+        NotFoundError: There is no such directory.
+        StorageError: It is a file.
+    """
+    place = parse(url)
+
+    def begin() -> tuple[Iterator[list[FileInfo]], list[FileInfo] | None]:
+        chunks = _once(place, lambda store: store.list_chunks(place.path))
+        return chunks, _once(place, lambda store: next(chunks, None))
+
+    chunks, chunk = _caller(place).again(begin)
+    while chunk is not None:
+        yield from chunk
+        chunk = _once(place, lambda store: next(chunks, None))
+
+
 def walk_files(url: str) -> Iterator[FileInfo]:
-    """Yields the files below a directory, depth first, the entries of each directory by name.
+    """Yields the files below a directory in no order, holding none of its directories as a whole.
 
     Links to directories are followed; one that leads back to a directory above it is skipped with a warning.
     """
@@ -126,7 +147,7 @@ def walk_files(url: str) -> Iterator[FileInfo]:
 
 def _walk(place: Location, above: tuple[str, ...]) -> Iterator[FileInfo]:
     """Walks one directory; `above` names those it lies in."""
-    for entry in list_dir(place.url):
+    for entry in scan_dir(place.url):
         if not entry.is_dir:
             yield entry
             continue

@@ -5,33 +5,39 @@ spark-submit jobs/prepare.py SOURCE_URL TARGET_URL [--image_size 224] [--resize 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pyspark.sql import SparkSession
 
 from cvdist import cli, prepare
 from cvdist.arguments import parse
 from cvdist.config import PrepareConfig
-from cvdist.shards import Manifest
+
+
+def run_on_spark(description: str, function: Callable[[int], Any], numbers: Sequence[int]) -> list[Any]:
+    """Runs one task for each number; Spark starts when there is something to do."""
+    if not numbers:
+        return []
+    cli.say(f"  {description}")
+    context = SparkSession.builder.appName("cvdist prepare").getOrCreate().sparkContext
+    context.setJobDescription(description)
+    return context.parallelize(numbers, len(numbers)).map(function).collect()
 
 
 def run(argv: list[str]) -> None:
-    """Parses, submits one task for each shard, and counts."""
+    """Parses, has the tasks run, and says what there is now."""
     config = parse(PrepareConfig, argv, prog="prepare.py", positional=("source_url", "target_url"))
-    job = prepare.start(config)
-    if isinstance(job, Manifest):
-        cli.say(f"{config.target_url} holds this data set already; nothing to do")
-        cli.show_data_set(config.target_url, job)
-        return
-    spark = SparkSession.builder.appName(f"cvdist prepare {config.target_url}").getOrCreate()
     try:
-        tasks = spark.sparkContext.parallelize(range(len(job.shards)), len(job.shards))
-        results = tasks.map(functools.partial(prepare.write_shard, job)).collect()
+        manifest = prepare.run(config, run_on_spark, cli.say)
     finally:
-        spark.stop()
-    cli.show_data_set(config.target_url, prepare.finish(job, results))
+        if (session := SparkSession.getActiveSession()) is not None:
+            session.stop()
+    if manifest is None:
+        return
+    cli.show_data_set(config.target_url.rstrip("/"), manifest)
     if importlib.util.find_spec("petastorm") is None:
         cli.say("  Petastorm is not installed here: its make_batch_reader can open this data set, make_reader cannot")
 

@@ -32,6 +32,6 @@ def class_tree(folder: Path, classes: dict[str, int], *, height: int = 64, width
 def data_set(source: Path, target_url: str, **settings: object) -> Manifest:
     """Prepares a tree in this process."""
     config = PrepareConfig(source_url=f"file://{source}", target_url=target_url, **settings)  # type: ignore[arg-type]
-    job = prepare.start(config)
-    assert isinstance(job, prepare.Job)
-    return prepare.finish(job, [prepare.write_shard(job, index) for index in range(len(job.shards))])
+    manifest = prepare.run(config)
+    assert manifest is not None
+    return manifest

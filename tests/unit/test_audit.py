@@ -451,7 +451,7 @@ MANIFESTS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     ),
     "quarantine": (
         lambda manifest: dataclasses.replace(manifest, num_inputs=201, num_quarantined=1),
-        "quarantine.parquet: it holds 0 rows; expected 1 rows, as the manifest says",
+        "manifest.json: 1 inputs are quarantined; expected 0, as in the tables it names",
     ),
     "labels": (lambda manifest: with_classes(manifest, (63, 49, 48)), "train: 64 samples have label 0; expected 63"),
     "sum": (
@@ -504,7 +504,10 @@ def test_a_damaged_quarantine_is_named(tmp_path: Path) -> None:
     assert found(audited(tmp_path / "set")) == []
     (tmp_path / "set" / "quarantine.parquet").write_bytes(b"PAR1 no more")
     (problem,) = found(audited(tmp_path / "set"))
-    assert problem.startswith("quarantine.parquet: it cannot be read (")
+    assert problem.startswith("quarantine.parquet: the file differs from its sha256")
+    (tmp_path / "set" / "quarantine.parquet").unlink()
+    (problem,) = found(audited(tmp_path / "set"))
+    assert problem.startswith("quarantine.parquet: the file does not exist")
 
 
 def test_inspect_shows_a_data_set_without_tensorflow_and_spark(clean: Path, tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ PREPARE_OUT_OF_RANGE = {
     "row_group_bytes": ["1", "100000000"],
     "seed": ["-1"],
     "max_bad_fraction": ["-0.1", "1.1"],
+    "limit_per_class": ["0"],
+    "max_bytes": ["0", "2000000000"],
+    "max_pixels": ["0", "2000000000"],
+    "max_aspect": ["0", "100000"],
+    "decode_timeout_s": ["0", "4000"],
+    "decode_memory_bytes": ["1000"],
+    "read_threads": ["0", "257"],
 }
 WRONG_TYPE = {
     "epochs": ["two", "2.5", "[2]", ""],

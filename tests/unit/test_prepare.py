@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 
 from cvdist import prepare
 from cvdist.config import PrepareConfig, dump, from_dict
-from cvdist.errors import ConfigError, CvdistError, DataError, NotFoundError
+from cvdist.errors import ConfigError, CvdistError, DataError
 from cvdist.images import MAX_BYTES, Sample, convert
 from cvdist.shards import Manifest, read_manifest
 from tests.made_data import class_tree
@@ -61,8 +62,9 @@ def started(source: Path, target: Path, **settings: Any) -> prepare.Job:
 
 def prepared(source: Path, target: Path, **settings: Any) -> Manifest:
     """Prepares a data set."""
-    job = started(source, target, **settings)
-    return prepare.finish(job, [prepare.write_shard(job, index) for index in range(len(job.shards))])
+    manifest = prepare.run(config(source, target, **settings))
+    assert manifest is not None
+    return manifest
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -201,9 +203,12 @@ def test_a_finished_data_set_is_left_as_it_is(source: Path, tmp_path: Path) -> N
 def test_a_target_with_other_settings_is_refused_with_the_difference(
     settings: dict[str, Any], difference: str, is_finished: bool, source: Path, tmp_path: Path
 ) -> None:
-    (prepared if is_finished else started)(source, tmp_path / "set")
+    if is_finished:
+        prepared(source, tmp_path / "set")
+    else:
+        prepare.write_shard(started(source, tmp_path / "set"), 0)
     before = content(tmp_path / "set")
-    message = refusal(DataError, prepare.start, config(source, tmp_path / "set", **settings))
+    message = refusal(DataError, prepare.run, config(source, tmp_path / "set", **settings))
     kind = "another data set" if is_finished else "an unfinished other data set"
     assert message.startswith(
         f"file://{tmp_path}/set holds {kind} ({difference}); expected an empty or absent folder; choose"
@@ -211,13 +216,50 @@ def test_a_target_with_other_settings_is_refused_with_the_difference(
     assert content(tmp_path / "set") == before
 
 
-@pytest.mark.parametrize("is_finished", [True, False])
-def test_a_target_of_other_inputs_is_refused(is_finished: bool, source: Path, tmp_path: Path) -> None:
-    (prepared if is_finished else started)(source, tmp_path / "set")
+def test_a_data_set_of_other_inputs_is_refused(source: Path, tmp_path: Path) -> None:
+    prepared(source, tmp_path / "set")
     before = content(tmp_path / "set")
     (source / "ant" / "000.jpg").unlink()
-    assert "same settings, other input files" in refusal(DataError, prepare.start, config(source, tmp_path / "set"))
+    message = refusal(DataError, prepare.run, config(source, tmp_path / "set"))
+    assert "same settings, other input files" in message
+    assert "--append" in message
+    # The refusal notes nothing down that could stand in the way of a later run.
     assert content(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("changed", ["inputs", "settings before the first shard"])
+def test_an_interrupted_run_of_something_else_is_started_over(changed: str, source: Path, tmp_path: Path) -> None:
+    job = started(source, tmp_path / "set")
+    settings = {"quality": 50}
+    if changed == "inputs":
+        for index in range(len(job.shards)):
+            prepare.write_shard(job, index)
+        (source / "ant" / "000.jpg").unlink()
+        settings = {}
+    lines: list[str] = []
+    manifest = prepare.run(config(source, tmp_path / "set", **settings), say=lines.append)
+    assert any("starting over" in line for line in lines)
+    assert manifest == prepared(source, tmp_path / "fresh", **settings)
+    assert content(tmp_path / "set") == content(tmp_path / "fresh")
+
+
+def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> None:
+    settings = {"shard_bytes": 65536}
+    prepared(source, tmp_path / "plain", **settings)
+    job = started(source, tmp_path / "set", **settings)
+    prepare.write_shard(job, 1)
+    (shard,) = (tmp_path / "set").rglob("*/shard-*.parquet")
+    inode = shard.stat().st_ino
+    done: list[int] = []
+
+    def run_tasks(_: str, function: Any, numbers: Any) -> list[Any]:
+        done.extend(numbers)
+        return [function(number) for number in numbers]
+
+    prepare.run(config(source, tmp_path / "set", **settings), run_tasks)
+    assert done == [index for index in range(len(job.shards)) if index != 1]
+    assert shard.stat().st_ino == inode
+    assert content(tmp_path / "set") == content(tmp_path / "plain")
 
 
 def test_a_target_with_foreign_files_is_refused_and_left_as_it_is(source: Path, tmp_path: Path) -> None:
@@ -225,7 +267,7 @@ def test_a_target_with_foreign_files_is_refused_and_left_as_it_is(source: Path, 
         target = tmp_path / foreign.replace("/", "-")
         (target / foreign).parent.mkdir(parents=True)
         (target / foreign).write_text("precious")
-        message = refusal(DataError, prepare.start, config(source, target))
+        message = refusal(DataError, prepare.run, config(source, target))
         assert "1 files or folders that are no data set" in message
         assert foreign.split("/")[0] in message
         assert content(target) == {foreign: b"precious"}
@@ -247,49 +289,54 @@ def test_a_damaged_manifest_in_the_target_is_refused(source: Path, tmp_path: Pat
     prepared(source, tmp_path / "set")
     path = tmp_path / "set" / "manifest.json"
     path.write_text(path.read_text().replace('"num_inputs": 90', '"num_inputs": 91'))
-    assert "manifest.json is damaged" in refusal(DataError, prepare.start, config(source, tmp_path / "set"))
+    assert "manifest.json is damaged" in refusal(DataError, prepare.run, config(source, tmp_path / "set"))
 
 
 def test_a_file_in_the_place_of_the_target_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "set").write_text("precious")
     with pytest.raises(CvdistError, match="expected a directory"):
-        prepare.start(config(source, tmp_path / "set"))
+        prepare.run(config(source, tmp_path / "set"))
     assert (tmp_path / "set").read_text() == "precious"
 
 
-def test_too_many_bad_inputs_leave_nothing_behind(source: Path, tmp_path: Path) -> None:
+def test_too_many_bad_inputs_end_without_a_data_set_and_keep_the_work(source: Path, tmp_path: Path) -> None:
     add_bad(source)
     message = refusal(DataError, prepared, source, tmp_path / "set", max_bad_fraction=0.03)
-    assert message.startswith(f"file://{source}: 3 of 93 images cannot be used, first ")
-    assert "expected at most 3.00%; repair or remove them, or raise --max_bad_fraction" in message
-    assert any(f"{path} ({reason}: " in message for path, (_, reason) in BAD.items())
-    assert list((tmp_path / "set").iterdir()) == []
-    # Just enough is enough, and the target can be used again.
+    assert message.startswith(f"file://{source}: 3 of 93 images cannot be used (")
+    assert "expected at most 3.00%; see " in message
+    assert "repair or remove them, or raise --max_bad_fraction" in message
+    assert all(f"{reason} 1 times, first {path}" in message for path, (_, reason) in BAD.items())
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    (named,) = re.findall(r"see file://([^;]*);", message)
+    assert sorted(pq.read_table(named)["path"].to_pylist()) == sorted(BAD)
+    # Just enough is enough; no shard is written again.
+    shards = {path: path.stat().st_ino for path in (tmp_path / "set").rglob("*/shard-*.parquet")}
     assert prepared(source, tmp_path / "set", max_bad_fraction=3 / 93).num_quarantined == 3
+    assert {path: path.stat().st_ino for path in (tmp_path / "set").rglob("*/shard-*.parquet")} == shards
 
 
-def test_a_class_without_a_usable_training_image_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+def test_a_class_without_a_usable_training_image_is_no_data_set(source: Path, tmp_path: Path) -> None:
     for path in (source / "ant").iterdir():
         path.write_bytes(b"rotten")
     message = refusal(DataError, prepared, source, tmp_path / "set", max_bad_fraction=1.0)
     assert "class 'ant' has no usable training image" in message
-    assert list((tmp_path / "set").iterdir()) == []
+    assert not (tmp_path / "set" / "manifest.json").exists()
 
 
-def test_a_split_without_a_usable_image_leaves_nothing_behind(photos: Path, tmp_path: Path) -> None:
+def test_a_split_without_a_usable_image_is_no_data_set(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "source" / "train")
     (tmp_path / "source" / "test" / "ant").mkdir(parents=True)
     (tmp_path / "source" / "test" / "ant" / "1.jpg").write_bytes(b"rotten")
     message = refusal(DataError, prepared, tmp_path / "source", tmp_path / "set", max_bad_fraction=1.0)
     assert "split 'test' has no usable image" in message
-    assert list((tmp_path / "set").iterdir()) == []
+    assert not (tmp_path / "set" / "manifest.json").exists()
 
 
 def test_a_shard_that_lost_all_its_inputs_is_left_out(source: Path, tmp_path: Path) -> None:
     job = started(source, tmp_path / "set", max_bad_fraction=1.0)
     table = pq.ParquetFile(tmp_path / "set" / "_prepare" / "listing.parquet").read_row_group(0)
-    for path in table["path"].to_pylist():
-        (source / path).write_bytes(b"rotten")
+    for path, size in zip(table["key"].to_pylist(), table["size_bytes"].to_pylist(), strict=True):
+        (source / path).write_bytes(b"rotten".ljust(size))
     manifest = prepare.finish(job, [prepare.write_shard(job, index) for index in range(len(job.shards))])
     assert "train/shard-00000.parquet" not in {shard.path for shard in manifest.splits["train"].shards}
     assert not (tmp_path / "set" / "train" / "shard-00000.parquet").exists()
@@ -304,20 +351,38 @@ def test_lost_or_doubled_results_are_noticed_and_no_manifest_is_written(source: 
         results[0], shard=dataclasses.replace(results[0].shard, path="train/shard-09999.parquet")
     )
     for wrong in (results[1:], [*results, results[0]], [renamed, *results[1:]], []):
-        assert "are accounted for; expected 90 in" in refusal(DataError, prepare.finish, job, wrong)
+        assert "shards were written; expected" in refusal(DataError, prepare.finish, job, wrong)
         assert not (tmp_path / "set" / "manifest.json").exists()
     assert prepare.finish(job, results).num_rows == 90
 
 
+def test_a_photo_that_vanishes_or_changes_after_it_was_listed_is_quarantined(source: Path, tmp_path: Path) -> None:
+    def run_tasks(_: str, function: Any, numbers: Any) -> list[Any]:
+        (source / "ant" / "007.jpg").unlink(missing_ok=True)
+        (source / "bee" / "008.jpg").write_bytes(b"another size")
+        return [function(number) for number in numbers]
+
+    manifest = prepare.run(config(source, tmp_path / "set", max_bad_fraction=0.1), run_tasks)
+    assert manifest is not None
+    rows = pq.read_table(tmp_path / "set" / "quarantine.parquet").to_pylist()
+    assert sorted((row["path"], row["reason"]) for row in rows) == [
+        ("ant/007.jpg", "not_found"),
+        ("bee/008.jpg", "changed"),
+    ]
+    assert manifest.num_rows == 88
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_photo_that_vanishes_stops_the_job_and_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_photo_that_cannot_be_read_stops_the_job_and_is_named(source: Path, tmp_path: Path) -> None:
     job = started(source, tmp_path / "set")
     (source / "ant" / "007.jpg").unlink()
-    with pytest.raises(NotFoundError, match=r"ant/007\.jpg: not found"):
+    (source / "ant" / "007.jpg").mkdir()  # for root, permissions are none
+    with pytest.raises(CvdistError, match=r"ant/007\.jpg"):
         for index in range(len(job.shards)):
             prepare.write_shard(job, index)
     gc.collect()  # an unfinished writer must not complain when it is collected
     assert not (tmp_path / "set" / "manifest.json").exists()
+    assert not list((tmp_path / "set").rglob("*attempts/*"))
 
 
 @pytest.mark.parametrize("large", [True, False])
@@ -336,7 +401,7 @@ def test_shards_are_neither_empty_nor_more_than_rows(large: bool, source: Path, 
 @pytest.mark.parametrize("inside", ["source/target", "source", "."])
 def test_source_and_target_may_not_lie_in_each_other(inside: str, source: Path, tmp_path: Path) -> None:
     before = content(tmp_path)
-    message = refusal(ConfigError, prepare.start, config(source, tmp_path / inside))
+    message = refusal(ConfigError, prepare.run, config(source, tmp_path / inside))
     assert message.startswith("target_url: ")
     assert content(tmp_path) == before
     # A name that only begins like the source's is another folder.
@@ -353,14 +418,14 @@ def test_a_url_without_scheme_is_refused(source: Path, tmp_path: Path) -> None:
     given = config(source, tmp_path / "set")
     for field in ("source_url", "target_url"):
         wrong = from_dict(PrepareConfig, {**dump(given), field: "photos/train"}, "test")
-        message = refusal(ConfigError, prepare.start, wrong)
+        message = refusal(ConfigError, prepare.run, wrong)
         assert message.startswith(
             f"{field}: 'photos/train' has no scheme; expected file:///path or hdfs://host:port/path"
         )
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
-    message = refusal(DataError, prepare.start, config(tmp_path / "absent", tmp_path / "set"))
+    message = refusal(DataError, prepare.run, config(tmp_path / "absent", tmp_path / "set"))
     assert message.startswith(f"file://{tmp_path}/absent does not exist")
     assert not (tmp_path / "set").exists()
 
@@ -385,7 +450,7 @@ def test_odd_file_names_are_kept_to_the_letter(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from cvdist import prepare, shards, storage
+from cvdist import finish, outline, prepare, shards, storage, tasks
 from cvdist.config import PrepareConfig, from_dict
 import json
 
@@ -393,12 +458,13 @@ def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 point, settings = sys.argv[1], json.loads(sys.argv[2])
+if point == "with the lock alone":
+    prepare.start = die
 if point == "before the job is written":
-    storage.write_bytes = die
-job = prepare.start(from_dict(PrepareConfig, settings, "test"))
-results = [prepare.write_shard(job, 0)]
-if point == "between two shards":
-    die()
+    prepare.write_state = die
+if point == "between the listing and its note":
+    real_state, states = prepare.write_state, []
+    prepare.write_state = lambda *args: (states.append(0), die() if len(states) == 2 else real_state(*args))
 if point == "in the middle of a shard":
     add, rows = shards.ShardWriter.add, []
     def add_some(writer, row):
@@ -408,24 +474,37 @@ if point == "in the middle of a shard":
             die()
         add(writer, row)
     shards.ShardWriter.add = add_some
-results += [prepare.write_shard(job, index) for index in range(1, len(job.shards))]
+if point == "between a shard and its ledger":
+    tasks.write_ledger = die
 if point == "before the manifest":
-    prepare.write_manifest = die
-real = prepare.write_manifest
+    finish.write_manifest = die
+real = finish.write_manifest
 if point == "in the middle of the manifest":
-    prepare.write_manifest = lambda *args: (setattr(storage, "_move", die), real(*args))
+    finish.write_manifest = lambda *args, **more: (setattr(storage, "_move", die), real(*args, **more))
 if point == "behind the manifest":
-    prepare.write_manifest = lambda *args: (real(*args), die())
-prepare.finish(job, results)
+    finish.write_manifest = lambda *args, **more: (real(*args, **more), die())
+
+def run_tasks(_, function, numbers):
+    results = []
+    for number in numbers:
+        results.append(function(number))
+        if point == "between two shards":
+            die()
+    return results
+
+prepare.run(from_dict(PrepareConfig, settings, "test"), run_tasks)
 """
 
 
 @pytest.mark.parametrize(
     "point",
     [
+        "with the lock alone",
         "before the job is written",
+        "between the listing and its note",
         "between two shards",
         "in the middle of a shard",
+        "between a shard and its ledger",
         "before the manifest",
         "in the middle of the manifest",
         "behind the manifest",
@@ -445,12 +524,10 @@ def test_a_run_killed_at_any_point_ends_after_a_rerun_with_the_same_bytes(
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     left = content(tmp_path / "killed")
     assert ("manifest.json" in left) == (point == "behind the manifest")
-    for place, name in (("a shard", "train/.shard-00001.parquet."), ("the manifest", ".manifest.json.")):
+    for place, name in (("a shard", "_prepare/attempts/.train-00000."), ("the manifest", ".manifest.json.")):
         if point == f"in the middle of {place}":
             assert any(found.startswith(name) and found.endswith(".tmp") for found in left)
 
-    again = prepare.start(config(source, tmp_path / "killed", **settings))
-    if isinstance(again, prepare.Job):
-        prepare.finish(again, [prepare.write_shard(again, index) for index in range(len(again.shards))])
+    prepared(source, tmp_path / "killed", **settings)
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
     assert not (tmp_path / "killed" / "_prepare").exists()

@@ -258,7 +258,7 @@ def test_what_is_no_manifest_is_refused(data: bytes, tmp_path: Path) -> None:
 def test_a_manifest_of_another_version_says_so(tmp_path: Path) -> None:
     body = json.loads(manifest_bytes(made_manifest()))
     body["version"] = 99
-    with pytest.raises(DataError, match=r"is of format version 99; expected cvdist 1; prepare it again"):
+    with pytest.raises(DataError, match=r"is of format version 99; expected cvdist 2; prepare it again"):
         read_back(tmp_path, json.dumps(body).encode())
 
 
