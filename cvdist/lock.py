@@ -1,7 +1,8 @@
-"""One preparation at a time: a lock file that its owner keeps renewing, and that the next run takes over from a dead one.
+"""One preparation at a time: lock files that their owner keeps renewing, and that the next run takes over from a dead one.
 
-The file is made by exclusive creation, which HDFS and local disks offer, and is renewed by a thread. Whether its owner lives is asked
-of the kernel on the same machine; elsewhere the age of the file tells, by the clock of the file system alone.
+The lock is the file with the highest number. Taking over is the exclusive creation of the next number, which HDFS and local disks
+grant to one of several. Whether an owner lives is asked of the kernel on the same machine; elsewhere the age of its file tells, by the
+clock of the file system alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import socket
 import threading
 import uuid
@@ -23,6 +25,9 @@ log = logging.getLogger("cvdist.lock")
 
 RENEW_S = 10.0
 STALE_S = 120.0
+ATTEMPTS = 5
+PREFIX = "lock-"
+FILE_NAME = re.compile(rf"{PREFIX}(\d+)\.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,104 +64,114 @@ def started_ticks(pid: int) -> int | None:
 
 
 class Lock:
-    """Holds the lock file at `url` while in a `with` block.
+    """Holds the lock in `folder_url` while in a `with` block.
 
     Raises:
         DataError: On entry: another run that is alive, or may be, holds it. From `require`: another run has taken it over.
     """
 
-    def __init__(self, url: str, what: str) -> None:
+    def __init__(self, folder_url: str, what: str) -> None:
         """Describes the lock; `what` is what it guards, for messages."""
-        self._url, self._what = url, what
-        self._me = this_process()
+        self._folder_url, self._what = folder_url, what
+        self._me, self._number = this_process(), 0
         self._ended = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="renew lock", daemon=True)
-        self._is_lost = False
 
     def __enter__(self) -> Lock:
         """Takes the lock, over from a dead owner if need be."""
-        for _ in range(3):
+        for _ in range(ATTEMPTS):
+            before = self._highest()
+            owner = self._read(before) if before else None
+            if before and owner is None:
+                continue  # given back just now
+            if owner is not None:
+                self._require_dead(before, owner)
             try:
-                storage.write_bytes(self._url, self._content())
+                storage.write_bytes(self._url(before + 1), self._content())
             except AlreadyExistsError:
-                self._take_from_the_dead()
                 continue
-            self._renewer.start()
-            return self
+            still = self._read(before) if before else None
+            if still == owner and self._highest() == before + 1:
+                self._number = before + 1
+                self._renewer.start()
+                if owner is not None:
+                    log.warning(
+                        "%s: taken over from process %d on %s, which is gone", self._what, owner.pid, owner.host
+                    )
+                return self
+            storage.delete(self._url(before + 1))  # the one that was judged has gone, and another may have come
         raise self._is_busy("other runs keep taking it", "run again")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives the lock back, where it is still ours."""
+        """Gives the lock back."""
         self._ended.set()
         self._renewer.join()
         try:
-            if self._reads_mine():
-                storage.delete(self._url)
+            storage.delete(self._url(self._number))
         except StorageError as failure:  # the file grows stale by itself
-            log.warning("%s: the lock may be left behind: %s", self._url, failure)
+            log.warning("%s: the lock may be left behind: %s", self._url(self._number), failure)
 
     def require(self) -> None:
         """Raises DataError where another run has taken the lock over, as after a long freeze of this one."""
-        if self._is_lost or not self._reads_mine():
+        if not self._is_mine():
             raise self._is_busy("another run has taken it over while this one stood still", "let that one finish")
+
+    def _url(self, number: int) -> str:
+        return storage.join(self._folder_url, f"{PREFIX}{number:04d}.json")
 
     def _content(self) -> bytes:
         return json.dumps(dataclasses.asdict(self._me)).encode()
 
-    def _read(self) -> Owner | None:
-        """Returns the present owner; None where there is none."""
+    def _highest(self) -> int:
+        """Returns the number of the newest lock file; 0 where there is none."""
         try:
-            return Owner(**json.loads(storage.read_bytes(self._url)))
+            names = [storage.name(entry.url) for entry in storage.list_dir(self._folder_url)]
+        except NotFoundError:
+            return 0
+        return max((int(found.group(1)) for name in names if (found := FILE_NAME.fullmatch(name))), default=0)
+
+    def _read(self, number: int) -> Owner | None:
+        """Returns an owner; None where there is no such lock file."""
+        try:
+            return Owner(**json.loads(storage.read_bytes(self._url(number))))
         except NotFoundError:
             return None
         except (ValueError, TypeError):
-            raise self._is_busy("its lock file is damaged", f"delete {self._url} when no run is under way") from None
+            fix = f"delete {self._url(number)} when no run is under way"
+            raise self._is_busy("its lock file is damaged", fix) from None
 
-    def _reads_mine(self) -> bool:
-        owner = self._read()
-        return owner is not None and owner.token == self._me.token
+    def _is_mine(self) -> bool:
+        owner = self._read(self._number)
+        return owner is not None and owner.token == self._me.token and self._highest() == self._number
 
     def _renew(self) -> None:
         """Writes the file anew every RENEW_S, as a sign of life, while it is ours."""
         while not self._ended.wait(RENEW_S):
             try:
-                if not self._reads_mine():
-                    self._is_lost = True
+                if not self._is_mine():
                     return
-                storage.write_bytes(self._url, self._content(), overwrite=True)
+                storage.write_bytes(self._url(self._number), self._content(), overwrite=True)
             except (StorageError, DataError) as error:
-                log.warning("%s: the lock could not be renewed: %s", self._url, error)
+                log.warning("%s: the lock could not be renewed: %s", self._url(self._number), error)
 
-    def _take_from_the_dead(self) -> None:
-        """Moves a dead owner's file away, in one step, so that one of several takers wins."""
-        owner = self._read()
-        if owner is None:
-            return
+    def _require_dead(self, number: int, owner: Owner) -> None:
+        """Raises DataError unless an owner is gone, or has given no sign of life for STALE_S."""
         is_here = (owner.host, owner.boot) == (self._me.host, self._me.boot)
-        is_gone = is_here and started_ticks(owner.pid) != owner.started
-        age_s = 0.0 if is_gone else self._age_s()
-        if not is_gone and age_s <= STALE_S:
+        if is_here and started_ticks(owner.pid) != owner.started:
+            return
+        age_s = self._age_s(number)
+        if age_s <= STALE_S:
             hint = f"wait for it; if it is dead, run again in {max(1, round(STALE_S - age_s))} s"
             raise self._is_busy(f"process {owner.pid} on {owner.host} is preparing it", hint)
-        stale_url = f"{self._url}.{self._me.token}"
-        try:
-            storage.rename(self._url, stale_url)
-            if json.loads(storage.read_bytes(stale_url))["token"] != owner.token:
-                storage.rename(stale_url, self._url)  # of a run that was faster, and lives
-                return
-        except (NotFoundError, AlreadyExistsError):
-            return  # another run was faster
-        storage.delete(stale_url)
-        log.warning("%s: taken over from process %d on %s, which is gone", self._what, owner.pid, owner.host)
 
-    def _age_s(self) -> float:
-        """Returns how long ago the file was renewed, by the file system's own clock."""
-        probe_url = f"{self._url}.now.{self._me.token}"
+    def _age_s(self, number: int) -> float:
+        """Returns how long ago a lock file was renewed, by the file system's own clock."""
+        probe_url = storage.join(self._folder_url, f"now-{self._me.token}")
         storage.write_bytes(probe_url, b"")
         try:
-            return storage.stat(probe_url).modified_s - storage.stat(self._url).modified_s
+            return storage.stat(probe_url).modified_s - storage.stat(self._url(number)).modified_s
         except NotFoundError:
             return 0.0
         finally:

@@ -22,6 +22,7 @@ from cvdist.errors import ConfigError, DataError, StorageError
 from cvdist.finish import finish
 from cvdist.ledger import ShardResult
 from cvdist.listing import SPLITS
+from cvdist.lock import PREFIX as LOCK_PREFIX
 from cvdist.lock import Lock
 from cvdist.outline import Outline, RunTasks, settings
 from cvdist.progress import Progress
@@ -33,7 +34,6 @@ __all__ = ["Job", "RunTasks", "ShardResult", "finish", "run", "run_here", "start
 T = TypeVar("T")
 log = logging.getLogger("cvdist.prepare")
 
-LOCK_NAME = "lock.json"
 ANOTHER_TARGET = "expected an empty or absent folder; choose another target URL, or delete that folder first"
 
 
@@ -66,7 +66,7 @@ def run(
         dry_run(config, say)
         return None
     check_target(config)
-    with Lock(work_url(config, LOCK_NAME), config.target_url) as lock:
+    with Lock(work_url(config), config.target_url) as lock:
         try:
             job = start(config, run_tasks, say)
             if isinstance(job, Manifest):
@@ -202,7 +202,7 @@ def start_over(config: PrepareConfig, previous: Manifest | None) -> None:
     """Removes what an unfinished run has written; what is no shard stays."""
     kept = {shard.path for split in (previous.splits.values() if previous else ()) for shard in split.shards}
     for entry in storage.list_dir(work_url(config)) if storage.exists(work_url(config)) else ():
-        if storage.name(entry.url) != LOCK_NAME:
+        if not storage.name(entry.url).startswith(LOCK_PREFIX):
             storage.delete(entry.url, recursive=True)
     for split in SPLITS:
         folder = storage.join(config.target_url, split)

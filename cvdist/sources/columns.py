@@ -59,13 +59,18 @@ def choose(url: str, names: Sequence[str], image: str, others: Sequence[str], co
     ):
         if name not in names:
             raise DataError(
-                f"{url} has no column {name!r}, but {', '.join(names)}; expected it; name the right one by --{setting}"
+                f"{url} has no column {name!r}, but {shown(names)}; expected it; name the right one by --{setting}"
             )
     split, weight = (name if name in names and name not in wanted else None for name in ("split", "weight"))
     if not wanted:
         used = {image, label, split, weight, config.group_column}
         further = tuple(name for name in others if name not in used)
     return Columns(image, label, split, weight, config.group_column, further)
+
+
+def shown(names: Iterable[str]) -> str:
+    """Returns names for a message, on one line."""
+    return ", ".join(name if name.isprintable() else ascii(name) for name in names)
 
 
 def only_candidate(url: str, names: Sequence[str], candidates: Sequence[str], what: str) -> str:
@@ -76,9 +81,9 @@ def only_candidate(url: str, names: Sequence[str], candidates: Sequence[str], wh
     """
     if len(candidates) == 1:
         return candidates[0]
-    found = f"several columns of {what} ({', '.join(candidates)})" if candidates else f"no column of {what}"
+    found = f"several columns of {what} ({shown(candidates)})" if candidates else f"no column of {what}"
     raise DataError(
-        f"{url} has {found} among {', '.join(names) or 'none'}; expected one; name the right one by --image_column"
+        f"{url} has {found} among {shown(names) or 'none'}; expected one; name the right one by --image_column"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from cvdist.sources.columns import (
     known_names,
     listed,
     only_candidate,
+    shown,
     split_name,
     stored_type,
     weight_value,
@@ -97,7 +99,7 @@ def plan(
     if kind is None:
         found = f"column {image!r} of {schema.field(image).type}" if image in schema.names else f"no column {image!r}"
         raise DataError(
-            f"{url} has {found}, and the columns {', '.join(schema.names)}; expected one of image bytes; name the right one by"
+            f"{url} has {found}, and the columns {shown(schema.names)}; expected one of image bytes; name the right one by"
             " --image_column"
         )
     columns = choose(url, schema.names, image, others, config)
@@ -153,7 +155,7 @@ def require_alike(url: str, schema: pa.Schema, first_url: str, packing: Packing)
         if kind is None:
             found = "is missing"
         elif name in names and tuple(names[name]) != packing.names.get(name):
-            found = f"has the class names {', '.join(names[name])[:200]}"
+            found = f"has the class names {shown(names[name])[:200]}"
         elif name == packing.columns.image:
             found = "" if image_kind(kind) == ("struct" if packing.is_struct else "bytes") else f"holds {kind}"
         elif pa.types.is_null(kind) or name in packing.names or name not in packing.extra.names:
@@ -238,6 +240,8 @@ def own(config: PrepareConfig, manifest: dict[str, Any]) -> Source:
         raise DataError(f"{url} holds no shards; expected a data set with images; correct the URL")
     first = files[0][0].url
     packing = plan(first, parquet_schema(first), config.image_column or "image", list(targets), names, config)
+    # Numbers of classes beyond their names are null anyway; binary targets hold -1.
+    packing = dataclasses.replace(packing, unknown={name: -1 for name, classes in targets.items() if not classes})
     return packed("petastorm", config, files, packing, 0)
 
 
@@ -302,7 +306,8 @@ def labelled(container: Container, key: str, record: dict[str, Any]) -> Row:
     packing = container.packing
     columns, names = packing.columns, packing.names
     where = f"{container.url}: row {key.rpartition('/')[2]}"
-    further = {name: class_name(record[name], names[name]) if name in names else record[name] for name in columns.extra}
+    further = {name: record[name] if record[name] != packing.unknown.get(name) else None for name in columns.extra}
+    further |= {name: class_name(record[name], names[name]) for name in columns.extra if name in names}
     return Row(
         key,
         class_name=class_name(record[columns.label], names.get(columns.label)),

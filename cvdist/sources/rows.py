@@ -33,7 +33,7 @@ ROWS = pa.schema(
     ]
 )
 BATCH_ROWS = 8192
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".npy")
 SPLIT_FOLDERS = ("train", "validation", "val", "test")
 
 
@@ -94,12 +94,14 @@ class Packing:
         is_struct: The image is a struct with a field `bytes`, as Hugging Face writes it.
         names: Names of the numbers in some columns.
         extra: Types of the further label columns.
+        unknown: What some of those columns hold where nothing is known.
     """
 
     columns: Columns
     is_struct: bool
     names: dict[str, tuple[str, ...]]
     extra: pa.Schema
+    unknown: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from cvdist.sources.columns import (
     group_value,
     listed,
     only_candidate,
+    shown,
     split_name,
     stored_type,
     weight_value,
@@ -82,7 +83,7 @@ def table(config: PrepareConfig) -> Source:
     for other in found[1:]:
         if set(other.types) != set(types):
             raise DataError(
-                f"{other.url} has the columns {', '.join(other.types)}; expected {', '.join(types)} as in {first.url};"
+                f"{other.url} has the columns {shown(other.types)}; expected {shown(types)} as in {first.url};"
                 " make them alike, or prepare one of them"
             )
         types = {name: unify(kind, other.types[name]) for name, kind in types.items()}
@@ -92,7 +93,7 @@ def table(config: PrepareConfig) -> Source:
         image = only_candidate(first.url, names, [name for name in PATH_NAMES if name in types], "paths")
     if image not in types:
         raise DataError(
-            f"{first.url} has no column {image!r}, but {', '.join(names)}; expected it; name the right one by --image_column"
+            f"{first.url} has no column {image!r}, but {shown(names)}; expected it; name the right one by --image_column"
         )
     columns = choose(first.url, names, image, names, config)
     columns, extra = fit(first.url, columns, types, config)
@@ -287,7 +288,7 @@ def parquet_schema(url: str) -> pa.Schema:
 
 def damaged(url: str, error: Exception) -> DataError:
     """Words the error about a Parquet file that cannot be read."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(char if char.isprintable() else "?" for char in " ".join(str(error).split())) or type(error).__name__
     return DataError(f"{url}: cannot be read ({text}); expected a whole Parquet file; restore it")
 
 

@@ -205,7 +205,11 @@ class TestEveryFileSystem:
 
     def test_a_missing_file_is_named(self, url: str) -> None:
         missing = storage.join(url, "no", "such.bin")
-        for function in (storage.read_bytes, storage.stat, storage.list_dir, storage.open_read):
+
+        def scan(url: str) -> None:
+            next(storage.scan_dir(url), None)
+
+        for function in (storage.read_bytes, storage.stat, storage.list_dir, storage.open_read, scan):
             with pytest.raises(NotFoundError, match=r"no/such\.bin: not found; expected an existing file"):
                 function(missing)
         assert not storage.exists(missing)
@@ -228,21 +232,29 @@ class TestEveryFileSystem:
         for name in expected:
             storage.make_dirs(storage.join(url, name))
         assert names(url) == expected
+        assert sorted(storage.name(entry.url) for entry in storage.scan_dir(url)) == expected
+
+    def test_a_scan_yields_what_a_listing_holds(self, url: str) -> None:
+        storage.write_bytes(storage.join(url, "a"), b"1")
+        storage.write_bytes(storage.join(url, ".b", "c"), b"12")
+        assert sorted(storage.scan_dir(url), key=lambda entry: entry.url) == storage.list_dir(url)
 
     def test_a_file_is_not_listed_as_a_directory(self, url: str) -> None:
         storage.write_bytes(storage.join(url, "a"), b"1")
         with pytest.raises(StorageError, match="a: is not a directory"):
             storage.list_dir(storage.join(url, "a"))
+        with pytest.raises(StorageError, match="a: is not a directory"):
+            list(storage.scan_dir(storage.join(url, "a")))
         with pytest.raises(StorageError, match="is not a directory, or lies below a file"):
             storage.make_dirs(storage.join(url, "a", "b"))
         assert not storage.exists(storage.join(url, "a", "b"))
 
-    def test_a_walk_yields_every_file_once_in_one_order(self, url: str) -> None:
+    def test_a_walk_yields_every_file_once(self, url: str) -> None:
         paths = ["a/1", "a/b/2", "a.txt", "c/3", "z"]
         for path in reversed(paths):
             storage.write_bytes(storage.join(url, path), b"")
         storage.make_dirs(storage.join(url, "empty"))
-        assert [storage.relative(entry.url, url) for entry in storage.walk_files(url)] == paths
+        assert sorted(storage.relative(entry.url, url) for entry in storage.walk_files(url)) == sorted(paths)
 
     def test_odd_names_are_taken_literally(self, url: str) -> None:
         odd = [
@@ -385,7 +397,7 @@ class TestLocalDisk:
         (tmp_path / "real" / "up").symlink_to(tmp_path)
         (tmp_path / "nowhere").symlink_to("missing")
         url = f"file://{tmp_path}"
-        found = [storage.relative(entry.url, url) for entry in storage.walk_files(url)]
+        found = sorted(storage.relative(entry.url, url) for entry in storage.walk_files(url))
         assert found == ["link", "nowhere", "real/file", "twin/file"]
         assert storage.stat(storage.join(url, "link")).size_bytes == 3
         assert "real/up leads back to a directory above it: skipped" in caplog.text

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import struct
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +16,23 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cvdist.images import MAX_ASPECT, MAX_BYTES, ImageSpec, Pixels, Rejected, Sample, convert, decode_stored, encode
+from cvdist.images import (
+    MAX_ASPECT,
+    MAX_BYTES,
+    ImageSpec,
+    Pixels,
+    Rejected,
+    Rules,
+    Sample,
+    convert,
+    decode_stored,
+    encode,
+)
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clothing"
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
@@ -51,9 +65,9 @@ def file_of(pixels: Any, kind: str = "JPEG", mode: str | None = None, **options:
     return buffer.getvalue()
 
 
-def stored(data: bytes, how: ImageSpec) -> Pixels:
+def stored(data: bytes, how: ImageSpec, rules: Rules | None = None) -> Pixels:
     """Converts what must be convertible, and decodes it again."""
-    sample = convert(data, how)
+    sample = convert(data, how, rules or Rules())
     assert isinstance(sample, Sample), sample
     pixels = decode_stored(sample.image, how)
     assert pixels.shape == (sample.height, sample.width, how.channels)
@@ -61,9 +75,9 @@ def stored(data: bytes, how: ImageSpec) -> Pixels:
     return pixels
 
 
-def rejection(data: bytes, how: ImageSpec | None = None) -> Rejected:
+def rejection(data: bytes, rules: Rules | None = None) -> Rejected:
     """Converts what must not be convertible."""
-    rejected = convert(data, how or spec())
+    rejected = convert(data, spec(), rules or Rules())
     assert isinstance(rejected, Rejected)
     assert rejected.detail
     return rejected
@@ -147,17 +161,28 @@ def test_what_is_no_image_is_rejected_with_its_first_bytes() -> None:
         rejected = rejection(data)
         assert rejected.reason == "not_an_image"
         assert repr(data[:8]) in rejected.detail
-        assert "expected one of JPEG, PNG, WEBP, BMP, GIF" in rejected.detail
+        assert "expected one of JPEG, PNG, WEBP, BMP, GIF, NPY" in rejected.detail
 
 
-def png(width: int, height: int, rows: bytes, bits: int = 8, colour_type: int = 2) -> bytes:
-    """Returns a PNG of any claimed size."""
+def chunk(name: bytes, content: bytes) -> bytes:
+    """Returns a chunk of a PNG."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+def png(
+    width: int,
+    height: int,
+    rows: bytes,
+    bits: int = 8,
+    colour_type: int = 2,
+    interlace: int = 0,
+    before: bytes = b"",
+    after: bytes = b"",
+) -> bytes:
+    """Returns a PNG of any claimed size, with chunks before and after its pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, interlace))
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + before + pixels + after + chunk(b"IEND", b"")
 
 
 def test_a_decompression_bomb_is_rejected_by_its_header_alone() -> None:
@@ -174,6 +199,128 @@ def test_a_decompression_bomb_is_rejected_by_its_header_alone() -> None:
         assert time.process_time() - started_s < 0.1
         assert rejected.reason == "too_many_pixels"
         assert rejected.detail.startswith(size)
+
+
+def test_a_first_frame_beyond_the_screen_of_a_gif_does_not_pass_the_limits() -> None:
+    screen = b"GIF89a" + struct.pack("<HHBBB", 10, 10, 0, 0, 0)
+    data = screen + b"," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x02\x02\x4c\x01\0;"
+    rejected = rejection(data)
+    assert (rejected.reason, rejected.detail[:13]) == ("too_many_pixels", "60000 x 60000")
+
+
+def peak_kib() -> int:
+    """Returns the most address space that this process has had."""
+    return int(re.search(r"VmPeak:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def test_the_canvas_of_a_webp_is_judged_before_it_is_allocated() -> None:
+    frames = [Image.fromarray(photo(seed=seed)) for seed in range(2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    moving = bytearray(buffer.getvalue())
+    assert moving[12:16] == b"VP8X"
+    moving[24:30] = b"\xff\x7f\0" * 2
+    still = bytearray(file_of(photo(), "WEBP"))
+    still[26:30] = b"\xff\x3f\xff\x3f"
+    lossless = bytearray(file_of(photo(), "WEBP", lossless=True))
+    lossless[21:25] = (0x3FFF | 0x3FFF << 14).to_bytes(4, "little")
+    before_kib = peak_kib()
+    for data, size in ((moving, "32768 x 32768"), (still, "16383 x 16383"), (lossless, "16384 x 16384")):
+        rejected = rejection(bytes(data))
+        assert rejected.reason == "too_many_pixels"
+        assert rejected.detail.startswith(size)
+    assert peak_kib() < before_kib + 500_000
+
+
+def test_a_second_header_does_not_pass_the_limits() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+    assert rejection(png(4, 4, bytes(52), before=header)).reason == "too_many_pixels"
+    data = file_of(photo())
+    start = data.index(b"\xff\xc0")
+    frame = bytearray(data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")])
+    frame[5:9] = struct.pack(">HH", 60000, 60000)
+    assert rejection(data[:start] + frame + data[start:]).reason == "undecodable"
+    assert rejection(data[: start + len(frame)] + frame + data[start + len(frame) :]).reason == "too_many_pixels"
+
+
+def floods() -> dict[str, bytes]:
+    """Returns files of 40 MB and more that consist of nearly nothing but parts beside the pixels."""
+    jpeg, gif = file_of(photo()), file_of(photo(), "GIF")
+    progressive = file_of(photo(), progressive=True)
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    frame = gif.index(b",\0\0\0\0")
+    row = b"\0" + bytes(12)
+    return {
+        "segments": jpeg[:2] + b"\xff\xe1\0\2" * 12_000_000 + jpeg[2:],
+        "markers": jpeg[:2] + b"\xff\x01" * 20_000_000 + jpeg[2:],
+        "fill": jpeg[:20] + b"\xff" * 50_000_000 + jpeg[20:],
+        "scans": progressive[:-2] + last_scan * 501 + progressive[-2:],
+        "texts": png(4, 4, row * 4, before=chunk(b"tEXt", b"k\0v") * 3_000_000),
+        "texts behind": png(4, 4, row * 4, after=chunk(b"tEXt", b"k\0v") * 3_000_000),
+        "empty pixels": png(4, 4, row * 4, before=chunk(b"IDAT", b"") * 4_000_000),
+        "comments": gif[:frame] + b"\x21\xfe\1a\0" * 10_000_000 + gif[frame:],
+        "junk": gif[:frame] + bytes(50_000_000) + gif[frame:],
+    }
+
+
+def test_a_flood_of_parts_is_rejected_in_no_time() -> None:
+    for name, data in floods().items():
+        started_s = time.process_time()
+        rejected = rejection(data)
+        assert time.process_time() - started_s < 1, name
+        assert rejected.reason == "too_many_parts", name
+        assert re.search("[0-9]+ (scans|parts)", rejected.detail)
+
+
+def test_as_many_parts_as_programs_write_are_no_flood() -> None:
+    jpeg, gif, row = file_of(photo()), file_of(photo(), "GIF"), b"\0" + bytes(12)
+    profile = b"\xff\xe2" + struct.pack(">H", 60_000) + bytes(59_998)
+    frame = gif.index(b",\0\0\0\0")
+    for data in (
+        jpeg[:2] + profile * 255 + jpeg[2:],
+        png(4, 4, row * 4, before=chunk(b"tEXt", b"k\0" + b"v" * 50_000) * 100),
+        gif[:frame] + b"\x21\xfe" + (b"\xff" + bytes(255)) * 1000 + b"\0" + gif[frame:],
+    ):
+        assert isinstance(convert(data, spec()), Sample)
+
+
+def test_compressed_texts_and_profiles_cannot_fill_the_memory() -> None:
+    zeros = zlib.compress(bytes(200_000_000), 9)
+    row = b"\0" + bytes(12)
+    bombs = [
+        chunk(b"zTXt", b"k\0\0" + zeros),
+        chunk(b"iTXt", b"k\0\1\0\0\0" + zeros),
+        chunk(b"iCCP", b"k\0\0" + zeros),
+        chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1_000_000), 9)) * 200,
+    ]
+    for bomb in bombs:
+        for data in (png(4, 4, row * 4, before=bomb), png(4, 4, row * 4, after=bomb)):
+            tracemalloc.start()
+            started_s = time.process_time()
+            result = convert(data, spec(4))
+            seconds, (_, peak_bytes) = time.process_time() - started_s, tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert seconds < 1
+            assert peak_bytes < 150_000_000
+            assert isinstance(result, Rejected)
+            assert result.reason == "undecodable"
+
+
+def test_every_limit_is_the_one_that_was_asked_for() -> None:
+    data = file_of(photo(40, 80), "PNG")
+    rules = {"max_bytes": len(data), "max_pixels": 3200, "max_aspect": 2}
+    assert isinstance(convert(data, spec(), Rules(**rules)), Sample)
+    for name, reason in {
+        "max_bytes": "many_bytes",
+        "max_pixels": "many_pixels",
+        "max_aspect": "extreme_aspect",
+    }.items():
+        limit = rules[name] - 1
+        rejected = rejection(data, Rules(**{**rules, name: limit}))
+        assert rejected.reason.endswith(reason)
+        assert str(limit) in rejected.detail
+    for other in (array_file(photo(40, 80)), file_of(photo(40, 80), "WEBP"), file_of(photo(40, 80))):
+        assert rejection(other, Rules(max_pixels=3199)).reason == "too_many_pixels"
 
 
 def test_too_many_bytes_are_rejected_before_they_are_looked_at() -> None:
@@ -242,6 +389,182 @@ def test_sixteen_bits_become_eight() -> None:
     assert done
     found = stored(colour.tobytes(), spec(40))
     assert np.abs(found.astype(int) - np.dstack([ramp, ramp[::-1], ramp.T]) / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_one_transparent_grey_is_put_on_the_background_whatever_the_bits(bits: int) -> None:
+    # Four rows of 16 pixels: black and white take turns; white is transparent.
+    white = 2**bits - 1
+    row = int("".join(format(level, f"0{bits}b") for level in [0, white] * 8), 2).to_bytes(2 * bits, "big")
+    data = png(16, 4, (b"\0" + row) * 4, bits, colour_type=0, before=chunk(b"tRNS", struct.pack(">H", white)))
+    found = stored(data, spec(4), Rules(background=(10, 20, 30)))
+    assert found[0, 0].tolist() == [0, 0, 0]
+    assert found[0, 1].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_one_transparent_colour_is_put_on_the_background_whatever_the_bits(bits: int) -> None:
+    kind = ">BBB" if bits == 8 else ">HHH"
+    first, second = (0x12, 0x34, 0x56), (0x65, 0x43, 0x21)
+    if bits == 16:
+        first, second = (0x1256, 0x3478, 0x5690), (0x6512, 0x4312, 0x2112)
+    row = b"\0" + (struct.pack(kind, *first) + struct.pack(kind, *second)) * 2
+    data = png(4, 4, row * 4, bits, before=chunk(b"tRNS", struct.pack(">HHH", *first)))
+    found = stored(data, spec(4), Rules(background=(1, 2, 3)))
+    assert found[0, :2].tolist() == [[1, 2, 3], [0x65, 0x43, 0x21]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_alpha_is_put_on_the_background_that_was_asked_for(kind: str) -> None:
+    rgba = np.dstack([np.full((32, 32, 3), 100, np.uint8), np.repeat([[0, 51, 255, 255]], 32, axis=0).repeat(8, 1)])
+    found = stored(file_of(rgba.astype(np.uint8), kind, lossless=True), spec(32), Rules(background=(0, 200, 50)))
+    expected = [(0, 200, 50), (20, 180, 60), (100, 100, 100), (100, 100, 100)]
+    assert np.abs(found[5, 4::8].astype(int) - expected).max() <= 1
+
+
+def test_a_palette_with_alpha_is_put_on_the_background() -> None:
+    palette = chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 255])) + chunk(b"tRNS", bytes([255, 51]))
+    found = stored(png(4, 4, b"\0\0\1\0\1" * 4, colour_type=3, before=palette), spec(4), Rules(background=(100, 0, 5)))
+    assert found[0, :2].tolist() == [[255, 0, 0], [80, 0, 55]]
+
+
+def interlaced(pixels: Pixels) -> bytes:
+    """Returns an interlaced PNG. Source: PNG 1.2, section 2.6."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [row for y, x, by, bx in passes for row in pixels[y::by, x::bx] if row.size]
+    return png(pixels.shape[1], pixels.shape[0], b"".join(b"\0" + row.tobytes() for row in rows), interlace=1)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (33, 41), (5, 3), (1, 1)])
+def test_interlacing_changes_nothing(size: tuple[int, int]) -> None:
+    pixels = photo(*size)
+    np.testing.assert_array_equal(stored(interlaced(pixels), spec(min(size))), pixels)
+
+
+def test_exif_turns_png_and_webp_too() -> None:
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        turned = stored(file_of(photo(), "PNG", exif=exif), spec(48))
+        np.testing.assert_array_equal(turned, as_pillow_sees(oriented_png := file_of(photo(), "PNG", exif=exif)))
+        assert turned.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+        np.testing.assert_array_equal(stored(file_of(photo(), "WEBP", exif=exif, lossless=True), spec(48)), turned)
+        # The chunk may come behind the pixels.
+        start = oriented_png.index(b"eXIf") - 4
+        size = 12 + int.from_bytes(oriented_png[start : start + 4], "big")
+        without = oriented_png[:start] + oriented_png[start + size :]
+        moved = without[:-12] + oriented_png[start : start + size] + without[-12:]
+        np.testing.assert_array_equal(stored(moved, spec(48)), turned)
+
+
+def test_a_broken_exif_means_upright() -> None:
+    for exif in (b"", b"II", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03", bytes(40)):
+        data = png(4, 2, b"\0" + bytes(range(12)) + b"\0" + bytes(12), before=chunk(b"eXIf", exif))
+        assert stored(data, spec(2))[0].tolist() == np.arange(12).reshape(4, 3).tolist()
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 90}, {"quality": 80, "method": 0}])
+def test_webp_is_stored_as_pillow_sees_it(options: dict[str, Any]) -> None:
+    data = file_of(photo(), "WEBP", **options)
+    np.testing.assert_array_equal(stored(data, spec(48)), as_pillow_sees(data))
+    assert np.abs(as_pillow_sees(data).astype(int) - photo()).mean() < 6
+
+
+def test_a_ycck_jpeg_and_one_of_plain_rgb_have_the_colours_they_were_made_of() -> None:
+    inks = np.dstack([photo(), np.full((48, 64), 255, np.uint8)])  # Adobe's inks are inverted: 255 is none
+    ycck = simplejpeg.encode_jpeg(inks, 95, "CMYK", "444")
+    assert simplejpeg.decode_jpeg_header(ycck)[2] == "YCCK"
+    rgb = file_of(photo(), keep_rgb=True, quality=95)
+    assert simplejpeg.decode_jpeg_header(rgb)[2] == "RGB"
+    for data in (ycck, rgb):
+        pixels = stored(data, spec(48))
+        np.testing.assert_array_equal(pixels, as_pillow_sees(data))
+        assert np.abs(pixels.astype(int) - photo()).mean() < 4
+
+
+def array_file(array: npt.NDArray[Any], **options: Any) -> bytes:
+    """Returns a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def test_arrays_are_stored_as_they_are() -> None:
+    for array in (photo(), np.asfortranarray(photo())):
+        np.testing.assert_array_equal(stored(array_file(array), spec(48)), photo())
+    grey = photo()[..., 0]
+    for array in (grey, grey[..., None], np.asfortranarray(grey)):
+        np.testing.assert_array_equal(stored(array_file(array), spec(48)), np.repeat(grey[..., None], 3, axis=2))
+        np.testing.assert_array_equal(stored(array_file(array), spec(48, channels=1)), grey[..., None])
+    reference = as_pillow_sees(file_of(photo(), "PNG"), "L")
+    np.testing.assert_array_equal(stored(array_file(photo()), spec(48, channels=1)), reference)
+
+
+def test_a_stored_raw_image_can_be_prepared_again() -> None:
+    first = convert(file_of(photo()), spec(48))
+    assert isinstance(first, Sample)
+    assert convert(first.image, spec(48)) == first
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        photo().astype(np.float32),
+        photo().astype(np.int8),
+        photo().astype(np.uint16),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((2, 4, 4, 3), np.uint8),
+        np.zeros(16, np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.uint8(3),
+    ],
+)
+def test_other_arrays_are_rejected_with_their_kind(array: npt.NDArray[Any]) -> None:
+    rejected = rejection(array_file(array))
+    assert rejected.reason == "bad_array"
+    assert str(array.dtype) in rejected.detail
+    assert str(array.shape) in rejected.detail
+    assert "expected uint8 (H, W), (H, W, 1) or (H, W, 3)" in rejected.detail
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_an_array_is_not_run(tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    data = array_file(np.array([[Trap(trap)] * 3] * 3, dtype=object), allow_pickle=True)
+    assert b"touch" in data
+    assert rejection(data).reason == "bad_array"
+    assert not trap.exists()
+
+
+def array_header(text: str, pixels: bytes = b"") -> bytes:
+    """Returns a .npy file with any header."""
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode() + pixels
+
+
+def test_array_headers_that_lie_or_attack_are_rejected() -> None:
+    shape = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
+    cases = {
+        shape % "8001, 8000, 3": "too_many_pixels",
+        shape % "1, 51": "extreme_aspect",
+        shape % "4, 4": "undecodable",
+        shape % "-4, 4": "bad_array",
+        shape % ("-" * 900 + "4, 4"): "bad_array",
+        shape % ("(" * 500): "bad_array",
+        shape % "4, 4" + " " * 60_000: "bad_array",
+        "{'descr': '|u1'": "bad_array",
+        "__import__('os').abort()": "bad_array",
+    }
+    for header, reason in cases.items():
+        assert rejection(array_header(header, b"123")).reason == reason, header[:80]
 
 
 def test_black_and_white_stays_so() -> None:
@@ -420,6 +743,7 @@ SEEDS = [
     file_of(photo(), "GIF"),
     file_of(photo(), "BMP"),
     oriented(6),
+    array_file(photo()),
 ]
 
 
@@ -428,7 +752,15 @@ def assert_stored_or_rejected(data: bytes) -> None:
     how = spec(16, codec="jpeg")
     result = convert(data, how)
     if isinstance(result, Rejected):
-        assert result.reason in {"empty", "too_many_pixels", "extreme_aspect", "not_an_image", "undecodable"}
+        assert result.reason in {
+            "empty",
+            "too_many_pixels",
+            "extreme_aspect",
+            "not_an_image",
+            "undecodable",
+            "bad_array",
+            "too_many_parts",
+        }
         assert "\n" not in result.detail
     else:
         assert decode_stored(result.image, how).shape == (result.height, result.width, 3)
