@@ -1,0 +1,50 @@
+"""What all settings share: names, ranges, and the way to plain values and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, get_type_hints
+
+from cvdist.errors import ConfigError
+
+T = TypeVar("T")
+MIB = 1 << 20
+CONFIG_NAME = "config.json"  # of a run
+MAX_SEED = (1 << 32) - 1
+
+
+def canonical_split(name: str) -> str:
+    """Returns the one name of a split: validation is val."""
+    return "val" if name == "validation" else name
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(
+            f"{name}: {value} is out of range; expected {low} to {high}; change it to a value in that range"
+        )
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """Returns a dataclass of this module as plain values, for YAML and JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """Builds a dataclass of this module of what `dump` returned.
+
+    Raises:
+        ConfigError: A key is unknown or missing, as in a file of another version.
+    """
+    hints = get_type_hints(kind)
+    try:
+        nested = {
+            key: from_dict(hints[key], value, where) if isinstance(value, dict) else value
+            for key, value in values.items()
+        }
+        return kind(**nested)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where} does not fit this version of cvdist ({error}); use the version that wrote it"
+        ) from None
