@@ -99,7 +99,8 @@ class Spool:
         clash = sorted(set(extra.names) & {*SCHEMA.names, *ASSIGNED.names, *ROWS.names, ORDER.name})
         if clash:
             raise DataError(
-                f"label_columns: {clash[0]!r} is a name of cvdist's own; expected another; rename the column, or leave it out"
+                f"label_columns: {clash[0]!r} is a name of cvdist's own; expected another; rename the column, or"
+                " choose others by --label_columns"
             )
         self.extra = extra
         self.counts: collections.Counter[tuple[str | None, str | None, bool]] = collections.Counter()

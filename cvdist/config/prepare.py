@@ -22,8 +22,8 @@ class PrepareConfig:
             .jpg + .cls/.json in tars; parquet: a column of image bytes; petastorm: a Petastorm data set.
         label_pattern: For flat names: a regular expression whose first group is the class, as (cat|dog)\.\d+.
         image_column: For tables: the column of paths, or of image bytes; by default path, or the only one that fits.
-        label_columns: For tables, and .json in tars: comma-separated names; the first is the class, others are further targets. By
-            default label and every other column that is no path, split, weight or group.
+        label_columns: For tables, Parquet, Petastorm, and .json in tars: comma-separated names; the first is the class, others are
+            further targets. By default label, and in tables and Parquet every other column that is no path, split, weight or group.
         target_kinds: What further label columns are, as name=regression|binary|multiclass pairs; by default as their values say.
         group_column: Column of a table whose rows with the same value stay in one split; needs split_by group.
         classes: Comma-separated names of the only classes taken; by default all.
