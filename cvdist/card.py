@@ -24,12 +24,13 @@ MAX_CLASSES = 1000
 PACKAGES = ("pyarrow", "opencv-python-headless", "simplejpeg", "pillow")
 
 
-def card(manifest: Manifest, reasons: Mapping[str, tuple[int, str]]) -> str:
+def card(manifest: Manifest, reasons: Mapping[str, tuple[int, str]], examples: Mapping[str, str]) -> str:
     """Returns the Markdown of README.md.
 
     Args:
         manifest: The data set.
         reasons: Of its rejected inputs: how many for each reason, and the first path.
+        examples: The key of one sample of each class.
     """
     spec = manifest.image
     num_bytes = sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards)
@@ -48,6 +49,10 @@ def card(manifest: Manifest, reasons: Mapping[str, tuple[int, str]]) -> str:
         imbalance(manifest),
         markdown_table(class_table(manifest, MAX_CLASSES)),
         *target_section(manifest),
+        "## Examples",
+        markdown_table(
+            [["class", "key"], *([name, examples[name]] for name in manifest.classes[:20] if name in examples)]
+        ),
         "## Quarantine",
         quarantine_text(manifest, reasons),
         "## Repeats",

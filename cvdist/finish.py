@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cvdist import ledger, storage
+from cvdist.buckets import Buckets, groups_of, sha256_hashes
 from cvdist.card import CARD_NAME, card
 from cvdist.errors import DataError
 from cvdist.ledger import HELD, LEDGER, ShardResult
-from cvdist.listing import Buckets, groups_of, new_digest, sha256_hashes
+from cvdist.listing import new_digest
 from cvdist.outline import settings
 from cvdist.shards import (
     MANIFEST_NAME,
@@ -60,15 +61,23 @@ class Tally:
     class_rows: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     class_quarantined: collections.Counter[str | None] = dataclasses.field(default_factory=collections.Counter)
     reasons: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # the first stored input of each class
 
     def add(self, entries: pa.Table) -> None:
         """Counts the inputs of a ledger."""
         for pair in entries.filter(pc.is_null(entries["reason"]))["class"].value_counts().to_pylist():
             self.class_rows[pair["values"]] += pair["counts"]
+        stored = entries.filter(pc.is_null(entries["reason"]))
+        self.add_examples(stored["class"], stored["path"])
         rejected = entries.filter(pc.is_valid(entries["reason"]))
         for pair in rejected["class"].value_counts().to_pylist():
             self.class_quarantined[pair["values"]] += pair["counts"]
         self.add_reasons(rejected)
+
+    def add_examples(self, classes: pa.ChunkedArray, paths: pa.ChunkedArray) -> None:
+        """Remembers one input of each class that has none yet."""
+        for name in set(classes.unique().to_pylist()) - self.examples.keys():
+            self.examples[name] = paths[pc.index(classes, name).as_py()].as_py()
 
     def add_reasons(self, rejected: pa.Table) -> None:
         """Counts why inputs were rejected."""
@@ -95,7 +104,9 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
         manifest = make_manifest(job, results, quarantine.num_rows)
         check_quarantine(job, manifest, tally, quarantine_url)
         for rows in ledger.held_rows(target, previous) if previous else ():
-            add_stored(buckets, rows.filter(pc.is_valid(rows["split"])))
+            stored = rows.filter(pc.is_valid(rows["split"]))
+            tally.add_examples(stored["class"], stored["key"])
+            add_stored(buckets, stored)
         counts: collections.Counter[str] = collections.Counter()
         repeats = write_table(work_url(config, REPEATS_NAME), REPEATS, repeated_rows(buckets, counts))
     manifest = dataclasses.replace(manifest, repeat_files=dict(counts))
@@ -288,4 +299,6 @@ def write_beside(target: str, manifest: Manifest, tally: Tally) -> None:
         metadata = petastorm_metadata(split.shards, manifest.image.codec, manifest.schema)
         if metadata is not None:
             storage.write_bytes(storage.join(target, name, "_common_metadata"), metadata, overwrite=True)
-    storage.write_bytes(storage.join(target, CARD_NAME), card(manifest, tally.reasons).encode(), overwrite=True)
+    storage.write_bytes(
+        storage.join(target, CARD_NAME), card(manifest, tally.reasons, tally.examples).encode(), overwrite=True
+    )

@@ -86,7 +86,9 @@ def read_result(url: str) -> ShardResult | None:
     except NotFoundError:
         return None
     body = json.loads(metadata[RESULT_KEY])
-    shard: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in body.pop("shard").items()}
+    shard: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in body.pop("shard").items()
+    }
     class_rows = {int(label): count for label, count in body.pop("class_rows").items()}
     return ShardResult(shard=Shard(**shard), class_rows=class_rows, **body)
 

@@ -7,12 +7,11 @@ was listed nor on what else it holds.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from cvdist.buckets import Buckets
 from cvdist.config import PrepareConfig
 from cvdist.errors import ConfigError, DataError
 from cvdist.shards import SCHEMA, TARGET_TYPES, WEIGHT_COLUMN, Target
 from cvdist.sources import ROWS
 
 SPLITS = ("train", "val", "test")
-NUM_BUCKETS = 256
-TABLE_ROWS = 1 << 14
 MAX_VALUES = 100_000  # different ones of a class or target column
 ORDER = pa.field("order", pa.uint64())
 
@@ -47,42 +45,6 @@ ASSIGNED = pa.schema(
         pa.field(WEIGHT_COLUMN, pa.float32()),
     ]
 )
-
-
-class Buckets:
-    """Rows on local disk, dealt by the upper bits of a hash, so that equal ones meet in one small table."""
-
-    def __init__(self, folder: pathlib.Path, schema: pa.Schema) -> None:
-        """Makes `folder` and writes below it."""
-        folder.mkdir()
-        self._schema = schema
-        self._paths = [folder / f"{bucket:03d}.arrows" for bucket in range(NUM_BUCKETS)]
-        self._writers: dict[int, Any] = {}
-        self._files = contextlib.ExitStack()
-
-    def add(self, rows: pa.Table, hashes: npt.NDArray[np.uint64]) -> None:
-        """Deals a table by one hash for each of its rows."""
-        buckets = (hashes >> np.uint64(56)).astype(np.int64)
-        order = np.argsort(buckets, kind="stable")
-        rows, edges = rows.take(pa.array(order)), np.searchsorted(buckets[order], np.arange(NUM_BUCKETS + 1))
-        for bucket in np.flatnonzero(np.diff(edges)):
-            if bucket not in self._writers:
-                sink = self._files.enter_context(pa.OSFile(str(self._paths[bucket]), "wb"))
-                self._writers[bucket] = self._files.enter_context(pa.ipc.new_stream(sink, self._schema))
-            self._writers[bucket].write_table(rows.slice(edges[bucket], edges[bucket + 1] - edges[bucket]))
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Ends the writing; yields whole buckets, small ones together, in the order of their hashes."""
-        self._files.close()
-        waiting: list[pa.Table] = []
-        for bucket in sorted(self._writers):
-            with pa.OSFile(str(self._paths[bucket]), "rb") as file:
-                waiting.append(pa.ipc.open_stream(file).read_all())
-            if sum(table.num_rows for table in waiting) >= TABLE_ROWS:
-                yield pa.concat_tables(waiting)
-                waiting = []
-        if waiting:
-            yield pa.concat_tables(waiting)
 
 
 class Spool:
@@ -384,67 +346,6 @@ def running_ranks(groups: npt.NDArray[np.int64], seen: npt.NDArray[np.int64]) ->
     ranks[order] = np.arange(len(ordered)) - np.repeat(starts, counts) + seen[ordered]
     np.add.at(seen, groups, 1)
     return ranks
-
-
-def find_leaks(
-    assigned: Iterable[pa.Table], held: Iterable[pa.Table], folder: pathlib.Path, on_leak: Literal["drop", "fail"]
-) -> dict[str, str]:
-    """Finds files that are in more than one split: which copies have to go, and why.
-
-    What is in the data set already stays; of the others the copy in test stays rather than that in val, and that rather than one in
-    train, so that what models are compared on stays the same.
-
-    Args:
-        assigned: New inputs, with sha256 and split.
-        held: Rows that the data set holds already: key, sha256, split.
-        folder: Local scratch space.
-        on_leak: fail raises instead.
-
-    Raises:
-        DataError: There are leaks and on_leak is fail.
-    """
-    schema = pa.schema([("sha256", pa.string()), ("key", pa.string()), ("split", pa.string()), ("is_new", pa.bool_())])
-    buckets = Buckets(folder, schema)
-    for tables, is_new in ((held, False), (assigned, True)):
-        for table in tables:
-            rows = table.filter(pc.is_null(table["reason"])) if is_new else table
-            rows = rows.select(["sha256", "key", "split"]).append_column(
-                "is_new", pa.array([is_new] * rows.num_rows, pa.bool_())
-            )
-            buckets.add(rows, sha256_hashes(rows["sha256"]))
-    leaks: dict[str, str] = {}
-    for table in buckets.tables():
-        for group in groups_of(table, "sha256"):
-            best = max(group, key=lambda row: (not row["is_new"], SPLITS.index(row["split"]), row["key"]))
-            gone = [row for row in group if row["split"] != best["split"] and row["is_new"]]
-            leaks |= {row["key"]: f"the same file as {best['key']} in {best['split']}" for row in gone}
-    if leaks and on_leak == "fail":
-        named = "; ".join(f"{key} is {detail}" for key, detail in sorted(leaks.items())[:3])
-        raise DataError(
-            f"on_leak: {len(leaks)} files are in more than one split: {named}; expected each in one; remove copies, or choose"
-            " --on_leak drop, keep, or --split_by content"
-        )
-    return leaks
-
-
-def sha256_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """Returns the first 8 bytes of each hexadecimal sha256 as a number."""
-    return np.array([int(value[:16], 16) for value in column.to_pylist()], np.uint64)
-
-
-def groups_of(table: pa.Table, name: str) -> Iterator[list[dict[str, Any]]]:
-    """Yields the rows that share their value of a column with another, by that value and key."""
-    counts = table[name].value_counts()
-    values = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    found = table.filter(pc.is_in(table[name], values)).sort_by([(name, "ascending"), ("key", "ascending")])
-    group: list[dict[str, Any]] = []
-    for row in found.to_pylist():
-        if group and group[0][name] != row[name]:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 def cut(

@@ -20,7 +20,8 @@ from cvdist import ledger, sources
 from cvdist.config import PrepareConfig, dump
 from cvdist.errors import DataError
 from cvdist.images import Rejected
-from cvdist.listing import SPLITS, Assigner, Selection, Spool, cut, find_leaks, new_digest, select
+from cvdist.leaks import find_leaks
+from cvdist.listing import SPLITS, Assigner, Selection, Spool, cut, new_digest, select
 from cvdist.progress import duration
 from cvdist.shards import VERSION, Manifest
 from cvdist.tasks import (

@@ -182,6 +182,7 @@ def write_shard(job: Job, index: int) -> ShardResult:
             publish(attempt_url, storage.join(job.config.target_url, result.shard.path), result.shard)
     finally:
         storage.delete(attempt_url)
+    require_current(job)  # a speculative twin may come here when all is done
     write_ledger(url, entries, result)
     return read_result(url) or result
 

@@ -54,6 +54,9 @@ def test_the_card_counts_what_the_manifest_counts(source: Path, tmp_path: Path) 
     assert ["not\\_an\\_image", "2", "cat/b.jpg"] in rows
     assert f"cvdist {__version__}" in text
     assert manifest.digest in text
+    examples = {row[0]: row[1] for row in rows if len(row) == 2 and row[1].endswith("jpg")}
+    assert examples.keys() == {escaped(name) for name in manifest.classes}
+    assert all(key.startswith(f"{name}/") for name, key in examples.items())
 
 
 def test_the_card_is_the_same_wherever_the_data_set_lies(source: Path, tmp_path: Path) -> None:
@@ -86,8 +89,9 @@ def test_the_training_commands_in_the_card_are_accepted(source: Path, tmp_path: 
 
 def test_hostile_names_stay_in_their_cell(source: Path, tmp_path: Path) -> None:
     _, text = made(source, tmp_path / "set")
-    (row,) = [line for line in text.splitlines() if "a\\|b" in line]
-    assert "a\\|b \\`c\\` \\<i\\>\\*\\_" in row
+    rows = [line for line in text.splitlines() if "a\\|b" in line]
+    assert len(rows) == 2  # of classes, and of examples
+    assert all("a\\|b \\`c\\` \\<i\\>\\*\\_" in row for row in rows)
     assert escaped("two\nlines\t[x](y) &amp; #1") == "two\\\\x0alines\\\\x09\\[x\\](y) \\&amp; \\#1"
 
 
@@ -98,5 +102,5 @@ def test_many_classes_make_a_short_table_of_the_largest_and_smallest(source: Pat
     many = dataclasses.replace(manifest, classes=tuple(f"c{size}" for size in sizes), splits={"train": split})
     rows = class_table(many, 5)
     assert [row[1] for row in rows] == ["class", "c3000", "c2999", "c2998", "... 2,995 more ...", "c2", "c1"]
-    assert len(card(many, []).splitlines()) < 1100
-    assert "1 to 3,000 images per class in train (largest to smallest 3000.00 : 1)." in card(many, [])
+    assert len(card(many, {}, {}).splitlines()) < 1100
+    assert "1 to 3,000 images per class in train (largest to smallest 3000.00 : 1)." in card(many, {}, {})

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from cvdist.config import PrepareConfig
 from cvdist.errors import ConfigError, CvdistError, DataError
-from cvdist.listing import SPLITS, Assigner, Spool, cut, find_leaks, new_digest, running_ranks, select
+from cvdist.leaks import find_leaks
+from cvdist.listing import SPLITS, Assigner, Spool, cut, new_digest, running_ranks, select
 from cvdist.sources import ROWS
 
 NOTHING = pa.schema([])
@@ -310,6 +311,7 @@ MEMORY = r"""
 import pathlib, re, sys
 import pyarrow as pa
 from cvdist.config import PrepareConfig
+from cvdist.leaks import find_leaks
 from cvdist.listing import Assigner, Spool, cut, new_digest, select
 from cvdist.sources import ROWS
 
