@@ -82,9 +82,10 @@ def run(
                 results = run_tasks(description, functools.partial(write_shard, job), pending)
             lock.require()
             return finish(job, [*done.values(), *results])
-        finally:
-            if not storage.exists(work_url(config, JOB_NAME)):
-                remove_empty(config)
+        except (ConfigError, DataError):
+            if not storage.exists(storage.join(config.target_url, ledger.FOLDER)):
+                remove_empty(config)  # refused before there was anything to go on with
+            raise
 
 
 def checked(config: PrepareConfig) -> PrepareConfig:
