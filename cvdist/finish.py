@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cvdist import ledger, storage
 from cvdist.buckets import Buckets, groups_of, sha256_hashes
 from cvdist.card import CARD_NAME, card
-from cvdist.errors import DataError
+from cvdist.errors import DataError, NotFoundError
 from cvdist.ledger import HELD, LEDGER, ShardResult
 from cvdist.listing import new_digest
 from cvdist.outline import settings
@@ -32,7 +32,7 @@ from cvdist.shards import (
     read_manifest,
     write_manifest,
 )
-from cvdist.tasks import Job, image_spec, work_url
+from cvdist.tasks import Job, file_sha256, image_spec, work_url
 
 QUARANTINE_NAME = "quarantine.parquet"
 REPEATS_NAME = "repeats.parquet"
@@ -86,8 +86,13 @@ class Tally:
             self.reasons[entry["reason"]] = (count + 1, min(first, entry["path"]))
 
 
-def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
+def finish(job: Job, results: Sequence[ShardResult], require_lock: Callable[[], None] = lambda: None) -> Manifest:
     """Counts what the shards hold, and writes quarantine, repeats, Petastorm metadata, card and, last, the manifest.
+
+    Args:
+        job: The job.
+        results: Of each of its shards.
+        require_lock: Raises where another run has taken over.
 
     Raises:
         DataError: Not every input is accounted for; too many were rejected; or a split or class lost all its images. The shards stay, so
@@ -95,6 +100,7 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
     """
     config, target = job.config, job.config.target_url
     previous = read_manifest(target) if config.append and storage.exists(storage.join(target, MANIFEST_NAME)) else None
+    require_lock()
     require_all_shards(job, results)
     quarantine_url = work_url(config, QUARANTINE_NAME)
     with tempfile.TemporaryDirectory(prefix="cvdist-prepare-") as folder:
@@ -122,10 +128,13 @@ def finish(job: Job, results: Sequence[ShardResult]) -> Manifest:
         manifest = appended(previous, manifest)
         for old in previous.quarantine:
             tally.add_reasons(ledger.read_ledger(storage.join(target, old.path)))
+    require_lock()
+    place_shards(job, results)
     write_beside(target, manifest, tally)
     if previous:
         old_url = storage.join(target, OLD_MANIFESTS, f"{number - 1:04d}.json")
         storage.write_bytes(old_url, manifest_bytes(previous), overwrite=True)
+    require_lock()
     write_manifest(target, manifest, overwrite=previous is not None)
     storage.delete(work_url(config), recursive=True)
     return manifest
@@ -143,8 +152,8 @@ def require_all_shards(job: Job, results: Sequence[ShardResult]) -> None:
 
 def rejected_entries(job: Job, results: Sequence[ShardResult], tally: Tally, buckets: Buckets) -> Iterator[pa.Table]:
     """Yields the rejected inputs of all ledgers in order, counting all inputs and dealing the stored ones to buckets."""
-    urls = [work_url(job.config, "rejected.parquet")]
-    urls += [ledger.ledger_url(job.config.target_url, split, number) for split, number in job.shards]
+    urls = [storage.join(job.url, "rejected.parquet")]
+    urls += [ledger.ledger_url(job.url, split, number) for split, number in job.shards]
     by_path = {result.shard.path: result for result in results}
     for url, shard in zip(urls, (None, *job.shards), strict=True):
         entries = ledger.read_ledger(url)
@@ -287,6 +296,30 @@ def appended(old: Manifest, new: Manifest) -> Manifest:
         quarantine=(*old.quarantine, *new.quarantine),
         generations=(*old.generations, new.digest),
     )
+
+
+def place_shards(job: Job, results: Sequence[ShardResult]) -> None:
+    """Gives every shard its name in the data set. Nobody else does, and it holds the lock.
+
+    Raises:
+        DataError: A shard is not there, or not the one that its ledger tells of.
+    """
+    for result in results:
+        if not result.shard.num_rows:
+            continue
+        url, attempt_url = (
+            storage.join(job.config.target_url, result.shard.path),
+            storage.join(job.url, "attempts", result.attempt),
+        )
+        try:
+            storage.rename(attempt_url, url, overwrite=True)
+            is_whole = storage.stat(url).size_bytes == result.shard.num_bytes
+        except NotFoundError:  # placed by a run that was killed behind this
+            is_whole = storage.exists(url) and file_sha256(url) == result.shard.sha256
+        if not is_whole:
+            raise DataError(
+                f"{url} is not the shard that was written; expected it; delete {job.config.target_url}, prepare again"
+            )
 
 
 def write_beside(target: str, manifest: Manifest, tally: Tally) -> None:

@@ -1,6 +1,6 @@
 """The ledger of a shard: the fate of each of its inputs, and what the task that wrote it counted. It commits the shard.
 
-A ledger is written once, when its shard is in place. A later attempt, or a later run, that finds it has nothing to do.
+A ledger is written once, when the file it names is whole and verified. A later attempt, or a later run, that finds it has nothing to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cvdist import storage
 from cvdist.errors import AlreadyExistsError, NotFoundError
 from cvdist.shards import Manifest, Shard
 
-FOLDER = "_prepare/done"
+FOLDER = "done"
 RESULT_KEY = b"cvdist.result"
 LEDGER = pa.schema(
     [
@@ -41,6 +41,7 @@ class ShardResult:
 
     Attributes:
         split: Of the shard.
+        attempt: Name of the file that holds it until the run ends.
         shard: Its entry for the manifest; without rows, and without a file, when every input was rejected.
         class_rows: Samples of each label that occurs.
         num_quarantined: Inputs that were rejected.
@@ -49,6 +50,7 @@ class ShardResult:
     """
 
     split: str
+    attempt: str
     shard: Shard
     class_rows: dict[int, int]
     num_quarantined: int
@@ -61,13 +63,13 @@ class ShardResult:
         return self.shard.num_rows + self.num_quarantined
 
 
-def ledger_url(target_url: str, split: str, number: int) -> str:
-    """Returns where the ledger of a shard lies."""
-    return storage.join(target_url, FOLDER, f"{split}-{number:05d}.parquet")
+def ledger_url(job_url: str, split: str, number: int) -> str:
+    """Returns where the ledger of a shard lies in the folder of a job."""
+    return storage.join(job_url, FOLDER, f"{split}-{number:05d}.parquet")
 
 
-def write_ledger(url: str, entries: list[dict[str, Any]], result: ShardResult) -> None:
-    """Writes a ledger, unless a twin of this task was faster."""
+def write_ledger(url: str, entries: list[dict[str, Any]], result: ShardResult) -> bool:
+    """Writes a ledger, unless a twin of this task was faster; says whether it did."""
     described = json.dumps(dataclasses.asdict(result)).encode()
     table = pa.Table.from_pylist(entries, LEDGER.with_metadata({RESULT_KEY: described}))
     buffer = io.BytesIO()
@@ -75,7 +77,8 @@ def write_ledger(url: str, entries: list[dict[str, Any]], result: ShardResult) -
     try:
         storage.write_bytes(url, buffer.getvalue())
     except AlreadyExistsError:
-        return
+        return False
+    return True
 
 
 def read_result(url: str) -> ShardResult | None:

@@ -115,7 +115,7 @@ class Lock:
 
     def require(self) -> None:
         """Raises DataError where another run has taken the lock over, as after a long freeze of this one."""
-        if not self._is_mine():
+        if not self.is_mine():
             raise self._is_busy("another run has taken it over while this one stood still", "let that one finish")
 
     def _url(self, number: int) -> str:
@@ -142,7 +142,8 @@ class Lock:
             fix = f"delete {self._url(number)} when no run is under way"
             raise self._is_busy("its lock file is damaged", fix) from None
 
-    def _is_mine(self) -> bool:
+    def is_mine(self) -> bool:
+        """Says whether nobody has taken the lock over."""
         owner = self._read(self._number)
         return owner is not None and owner.token == self._me.token and self._highest() == self._number
 
@@ -150,7 +151,7 @@ class Lock:
         """Writes the file anew every RENEW_S, as a sign of life, while it is ours."""
         while not self._ended.wait(RENEW_S):
             try:
-                if not self._is_mine():
+                if not self.is_mine():
                     return
                 storage.write_bytes(self._url(self._number), self._content(), overwrite=True)
             except (StorageError, DataError) as error:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from cvdist import ledger, sources
+from cvdist import ledger, sources, storage
 from cvdist.config import PrepareConfig, dump
 from cvdist.errors import DataError
 from cvdist.images import Rejected
@@ -30,11 +30,11 @@ from cvdist.tasks import (
     Job,
     converter,
     hash_part,
+    job_url,
     pack_part,
     parquet_writer,
     read_input,
     read_parts,
-    work_url,
 )
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class Outline:
             self._spool.digest(digest)
             self.num_listed = self._spool.num_rows
         self.digest = digest.hexdigest()
+        self._job_url = job_url(config, self.digest)
 
     def _new_spool(self, name: str, tables: Iterator[pa.Table]) -> Spool:
         """Spools tables, without those inputs that the data set holds already."""
@@ -109,20 +110,24 @@ class Outline:
         """Where the inputs' addresses or hashes are not known yet: has tasks find them."""
         config, boxes = self.config, self._source.containers
         if boxes:
-            pack = functools.partial(pack_part, config, self._source.extra, boxes)
+            pack = functools.partial(pack_part, config, self._job_url, self._source.extra, boxes)
             run_tasks(f"unpack {len(boxes)} files of {config.source_url}", pack, range(len(boxes)))
-            self._spool = self._new_spool("unpacked", read_parts(config, len(boxes)))
+            self._spool = self._new_spool("unpacked", read_parts(self._job_url, len(boxes)))
         elif config.on_leak != "keep" or config.split_by == "content":
             num_parts = self._write_unhashed()
-            run_tasks(f"hash {self._spool.num_rows} inputs", functools.partial(hash_part, config), range(num_parts))
-            self._spool = self._new_spool("hashed", read_parts(config, num_parts))
+            run_tasks(
+                f"hash {self._spool.num_rows} inputs",
+                functools.partial(hash_part, config, self._job_url),
+                range(num_parts),
+            )
+            self._spool = self._new_spool("hashed", read_parts(self._job_url, num_parts))
         self.num_listed = self._spool.num_rows
         self._settle()
 
     def _write_unhashed(self) -> int:
         """Writes the inputs in row groups of PART_ROWS; returns how many."""
         num_parts, waiting = 0, pa.schema([*sources.ROWS, *self._source.extra]).empty_table()
-        with parquet_writer(work_url(self.config, UNHASHED_NAME), waiting.schema) as writer:
+        with parquet_writer(storage.join(self._job_url, UNHASHED_NAME), waiting.schema) as writer:
             for table in self._spool.tables():
                 waiting = pa.concat_tables([waiting, table]).combine_chunks()
                 while waiting.num_rows >= PART_ROWS:
@@ -166,7 +171,7 @@ class Outline:
         if boxes:
             megabytes = sum(box.size_bytes for box in boxes) / 1e6
             yield f"{config.source_url}: {len(boxes)} files, {megabytes:,.1f} MB, that have to be unpacked before more can be said"
-            yield f"  unpacked into {work_url(config, 'packed')} meanwhile, which needs as much room"
+            yield f"  unpacked into {storage.join(self._job_url, 'packed')} meanwhile, which needs as much room"
             return
         self.config = dataclasses.replace(config, on_leak="keep", split_by=config.split_by.replace("content", "ratio"))  # type: ignore[arg-type]
         if self.config != config:
@@ -210,7 +215,7 @@ class Outline:
         config, previous = self.config, self._previous
         first = {split: next_number(previous, split) for split in num_shards}
         shards: list[tuple[str, int]] = []
-        with parquet_writer(work_url(config, LISTING_NAME), self._assigner.schema) as writer:
+        with parquet_writer(storage.join(self._job_url, LISTING_NAME), self._assigner.schema) as writer:
             for split, number, rows in cut(self._assigner.tables(), self.split_rows, num_shards):
                 writer.write_table(rows, row_group_size=max(1, rows.num_rows))
                 shards.append((split, first[split] + number))
@@ -236,7 +241,7 @@ class Outline:
 
     def _write_rejected(self) -> None:
         """Writes the ledger of those inputs that no task needs to look at."""
-        with parquet_writer(work_url(self.config, "rejected.parquet"), ledger.LEDGER) as writer:
+        with parquet_writer(storage.join(self._job_url, "rejected.parquet"), ledger.LEDGER) as writer:
             for table in self._assigner.tables():
                 named = table.rename_columns(["path" if name == "key" else name for name in table.schema.names])
                 rows = named.select(ledger.LEDGER.names).filter(pc.is_valid(named["reason"]))

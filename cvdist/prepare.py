@@ -27,7 +27,7 @@ from cvdist.lock import Lock
 from cvdist.outline import Outline, RunTasks, settings
 from cvdist.progress import Progress
 from cvdist.shards import MANIFEST_NAME, Manifest, read_manifest
-from cvdist.tasks import JOB_NAME, WORK_FOLDER, Job, work_url, write_shard
+from cvdist.tasks import JOB_NAME, WORK_FOLDER, Job, job_url, work_url, write_shard
 
 __all__ = ["Job", "RunTasks", "ShardResult", "finish", "run", "run_here", "start", "write_shard"]
 
@@ -77,15 +77,19 @@ def run(
             pending = [index for index in range(len(job.shards)) if index not in done]
             if done:
                 say(f"{len(done)} of {len(job.shards)} shards are finished already; writing the others")
-            with Progress(config.target_url, job.num_inputs - job.num_skipped, say):
+            with Progress(job.url, job.num_inputs - job.num_skipped, say):
                 description = f"write {len(pending)} shards of {config.target_url}"
                 results = run_tasks(description, functools.partial(write_shard, job), pending)
-            lock.require()
-            return finish(job, [*done.values(), *results])
+            return finish(job, [*done.values(), *results], lock.require)
         except (ConfigError, DataError):
-            if not storage.exists(storage.join(config.target_url, ledger.FOLDER)):
+            if lock.is_mine() and not has_shards(config, read_state(config)):
                 remove_empty(config)  # refused before there was anything to go on with
             raise
+
+
+def has_shards(config: PrepareConfig, state: dict[str, Any] | None) -> bool:
+    """Says whether an unfinished run has finished any shard."""
+    return state is not None and storage.exists(storage.join(job_url(config, state["digest"]), ledger.FOLDER))
 
 
 def checked(config: PrepareConfig) -> PrepareConfig:
@@ -123,8 +127,7 @@ def check_target(config: PrepareConfig) -> Manifest | None:
     if manifest is not None and manifest.settings != ours:
         raise DataError(f"{target} holds another data set ({difference(manifest.settings, ours)}); {ANOTHER_TARGET}")
     state = read_state(config) if WORK_FOLDER in names else None
-    has_shards = state is not None and storage.exists(storage.join(target, ledger.FOLDER))
-    if state is not None and has_shards and state["settings"] != ours:
+    if state is not None and state["settings"] != ours and has_shards(config, state):
         changes = difference(state["settings"], ours)
         raise DataError(f"{target} holds an unfinished other data set ({changes}); {ANOTHER_TARGET}")
     if manifest is None and state is None and names - {WORK_FOLDER}:
@@ -215,13 +218,13 @@ def start_over(config: PrepareConfig, previous: Manifest | None) -> None:
 
 def finished(job: Job) -> dict[int, ShardResult]:
     """Returns the results of shards that an earlier run has finished."""
-    folder = storage.join(job.config.target_url, ledger.FOLDER)
+    folder = storage.join(job.url, ledger.FOLDER)
     if not storage.exists(folder):
         return {}
     names = {storage.name(entry.url) for entry in storage.list_dir(folder)}
     found: dict[int, ShardResult] = {}
     for index, shard in enumerate(job.shards):
-        url = ledger.ledger_url(job.config.target_url, *shard)
+        url = ledger.ledger_url(job.url, *shard)
         if storage.name(url) in names and (result := ledger.read_result(url)) is not None:
             found[index] = result
     return found

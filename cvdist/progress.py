@@ -19,9 +19,9 @@ EVERY_S = 10.0
 class Progress:
     """Says every EVERY_S, while in a `with` block, how many inputs are done, how many were quarantined, how fast, and until when."""
 
-    def __init__(self, target_url: str, num_images: int, say: Callable[[str], None]) -> None:
-        """Looks at the ledgers below `target_url`; `num_images` are expected in all."""
-        self._target_url, self._num_images, self._say = target_url, num_images, say
+    def __init__(self, job_url: str, num_images: int, say: Callable[[str], None]) -> None:
+        """Looks at the ledgers in the folder of a job; `num_images` are expected in all."""
+        self._job_url, self._num_images, self._say = job_url, num_images, say
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._results: dict[str, ledger.ShardResult] = {}
@@ -51,7 +51,7 @@ class Progress:
 
     def _look(self) -> bool:
         """Reads the ledgers that are new; says whether there are any."""
-        folder, before = storage.join(self._target_url, ledger.FOLDER), len(self._results)
+        folder, before = storage.join(self._job_url, ledger.FOLDER), len(self._results)
         try:
             entries = storage.list_dir(folder)
         except NotFoundError:

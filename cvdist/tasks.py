@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from cvdist import sources, storage
 from cvdist.config import PrepareConfig
-from cvdist.errors import AlreadyExistsError, DataError, NotFoundError
+from cvdist.errors import AlreadyExistsError, DataError, NotFoundError, StorageError
 from cvdist.images import ImageSpec, Rejected, Rules, Sample, convert, require_keep_original
-from cvdist.ledger import ShardResult, ledger_url, read_result, write_ledger
+from cvdist.ledger import FOLDER, ShardResult, ledger_url, read_result, write_ledger
 from cvdist.sandbox import Sandbox
 from cvdist.shards import Row, Shard, ShardWriter, Target, shard_schema
 
@@ -67,10 +67,24 @@ class Job:
     class_skipped: dict[str, int]
     digest: str
 
+    @property
+    def url(self) -> str:
+        """Where what this job alone reads and writes lies."""
+        return job_url(self.config, self.digest)
+
+
+class JobOverError(DataError):
+    """The job of a task is over: the task comes too late, and leaves nothing behind."""
+
 
 def work_url(config: PrepareConfig, *names: str) -> str:
     """Returns a place in the folder of an unfinished preparation."""
     return storage.join(config.target_url, WORK_FOLDER, *names)
+
+
+def job_url(config: PrepareConfig, digest: str) -> str:
+    """Returns the folder of a job. What outlives its job, and writes there still, is seen by no other."""
+    return work_url(config, digest[:16])
 
 
 def image_spec(config: PrepareConfig) -> ImageSpec:
@@ -149,54 +163,70 @@ def read_group(url: str, index: int) -> pa.Table:
 
 
 def require_current(job: Job) -> None:
-    """Raises DataError where the job is over, so that a task that outlived it leaves nothing behind."""
+    """Raises JobOverError where the job is over."""
     url = work_url(job.config, JOB_NAME)
     try:
         digest = json.loads(storage.read_bytes(url))["digest"]
     except NotFoundError:
         digest = None
     if digest != job.digest:
-        raise DataError(
-            f"{url} is not of this job; expected the one that started this task; nothing to fix: it is over"
-        )
+        raise JobOverError(f"{url} is not of this task; expected the job that started it; nothing to fix: it is over")
 
 
 def write_shard(job: Job, index: int) -> ShardResult:
     """Writes shard `index` of the job, then its ledger; where the ledger is there already, returns what it says.
 
+    The file has a name of this attempt, which the ledger tells. Only the driver gives it the shard's name, in the end.
+
     Raises:
-        DataError: The job is over.
+        JobOverError: The job is over.
         StorageError: An input cannot be read or the shard not be written; the task may be tried again.
     """
     split, number = job.shards[index]
-    url = ledger_url(job.config.target_url, split, number)
+    url = ledger_url(job.url, split, number)
     if (done := read_result(url)) is not None:
         return done
-    require_current(job)
+    attempt = f"{split}-{number:05d}.{uuid.uuid4().hex}.parquet"
+    attempt_url = storage.join(job.url, "attempts", attempt)
     entries: list[dict[str, Any]] = []
-    attempt_url = work_url(job.config, "attempts", f"{split}-{number:05d}.{uuid.uuid4().hex}.parquet")
+    is_committed = False
     try:
-        result = write_attempt(job, index, attempt_url, entries)
-        if result.shard.num_rows:
-            require_same(attempt_url, result.shard)
-            publish(attempt_url, storage.join(job.config.target_url, result.shard.path), result.shard)
-    finally:
+        require_current(job)
+        result = write_attempt(job, index, attempt, entries)
+        require_same(attempt_url, result.shard)
+        require_current(job)
+        is_committed = write_ledger(url, entries, result)
+        require_current(job)
+    except JobOverError:
         storage.delete(attempt_url)
-    require_current(job)  # a speculative twin may come here when all is done
-    write_ledger(url, entries, result)
+        if is_committed:
+            storage.delete(url)
+        remove_empty_folders(job)
+        raise
+    finally:
+        if not is_committed:
+            storage.delete(attempt_url)
     return read_result(url) or result
 
 
-def write_attempt(job: Job, index: int, url: str, entries: list[dict[str, Any]]) -> ShardResult:
+def remove_empty_folders(job: Job) -> None:
+    """Removes the folders that a late task has made anew, where nobody else has anything in them."""
+    inner = [storage.join(job.url, name) for name in ("attempts", FOLDER)]
+    for folder in (*inner, job.url, work_url(job.config)):
+        with contextlib.suppress(StorageError):  # it is not empty: another job has begun
+            storage.delete(folder)
+
+
+def write_attempt(job: Job, index: int, attempt: str, entries: list[dict[str, Any]]) -> ShardResult:
     """Writes the rows of a shard to a name of this attempt alone; adds the fate of each input to `entries`."""
     config, started_s = job.config, time.monotonic()
     split, number = job.shards[index]
-    inputs = read_group(work_url(config, LISTING_NAME), index).to_pylist()
+    inputs = read_group(storage.join(job.url, LISTING_NAME), index).to_pylist()
     class_rows: collections.Counter[int] = collections.Counter()
     num_bytes = 0
     schema = shard_schema(job.targets, is_weighted=job.is_weighted)
     with (
-        storage.create(url) as output,
+        storage.create(storage.join(job.url, "attempts", attempt)) as output,
         ShardWriter(output, config.row_group_bytes, schema) as writer,
         converter(config) as to_sample,
     ):
@@ -218,7 +248,7 @@ def write_attempt(job: Job, index: int, url: str, entries: list[dict[str, Any]])
             class_rows[entry["label"]] += 1
         shard = writer.close(f"{split}/shard-{number:05d}.parquet")
     num_rejected = len(entries) - shard.num_rows
-    return ShardResult(split, shard, dict(class_rows), num_rejected, num_bytes, time.monotonic() - started_s)
+    return ShardResult(split, attempt, shard, dict(class_rows), num_rejected, num_bytes, time.monotonic() - started_s)
 
 
 def file_sha256(url: str) -> str:
@@ -239,24 +269,13 @@ def require_same(url: str, shard: Shard) -> None:
         )
 
 
-def publish(attempt_url: str, url: str, shard: Shard) -> None:
-    """Gives a finished shard its name, unless a twin has done so."""
-    try:
-        storage.rename(attempt_url, url)
-    except AlreadyExistsError:
-        if file_sha256(url) == shard.sha256:
-            return  # the one who gave it is dead, or about to write the same ledger
-        log.warning("%s is of an attempt that never ended, and differs: replaced", url)
-        storage.rename(attempt_url, url, overwrite=True)
-
-
-def hash_part(config: PrepareConfig, part: int) -> int:
+def hash_part(config: PrepareConfig, job_url: str, part: int) -> int:
     """Adds the sha256 of each input to row group `part` of the listing; returns how many inputs it has.
 
     An input that cannot be read is marked as rejected.
     """
-    url = part_url(config, part)
-    rows = read_group(work_url(config, UNHASHED_NAME), part)
+    url = part_url(job_url, part)
+    rows = read_group(storage.join(job_url, UNHASHED_NAME), part)
     if storage.exists(url):
         return int(rows.num_rows)
     entries = rows.to_pylist()
@@ -270,18 +289,20 @@ def hash_part(config: PrepareConfig, part: int) -> int:
     return int(rows.num_rows)
 
 
-def pack_part(config: PrepareConfig, extra: pa.Schema, containers: Sequence[sources.Container], part: int) -> int:
+def pack_part(
+    config: PrepareConfig, job_url: str, extra: pa.Schema, containers: Sequence[sources.Container], part: int
+) -> int:
     """Copies the images of one container behind each other into a file of their own, so that each can be read by itself.
 
     Returns:
         How many inputs the container has.
     """
-    url, packed_url = part_url(config, part), work_url(config, "packed", f"{part:05d}.bin")
+    url, packed_url = part_url(job_url, part), storage.join(job_url, "packed", f"{part:05d}.bin")
     if storage.exists(url):
         with storage.open_read(url) as stream:
             return int(pq.read_metadata(pa.PythonFile(stream, mode="r")).num_rows)
     schema = pa.schema([*sources.ROWS, *extra])
-    attempt_url = work_url(config, "attempts", f"{part:05d}.{uuid.uuid4().hex}.bin")
+    attempt_url = storage.join(job_url, "attempts", f"{part:05d}.{uuid.uuid4().hex}.bin")
     num_rows = 0
     attempt_rows: list[pa.Table] = []
     with storage.create(attempt_url) as output:
@@ -295,9 +316,9 @@ def pack_part(config: PrepareConfig, extra: pa.Schema, containers: Sequence[sour
     return num_rows
 
 
-def part_url(config: PrepareConfig, part: int) -> str:
-    """Returns where the listing of a hashed or packed part lies."""
-    return work_url(config, "parts", f"{part:05d}.parquet")
+def part_url(job_url: str, part: int) -> str:
+    """Returns where the listing of a hashed or packed part lies in the folder of a job."""
+    return storage.join(job_url, "parts", f"{part:05d}.parquet")
 
 
 @contextlib.contextmanager
@@ -320,9 +341,9 @@ def write_part(url: str, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
             writer.write_table(table.cast(schema))
 
 
-def read_parts(config: PrepareConfig, num_parts: int) -> Iterator[pa.Table]:
+def read_parts(job_url: str, num_parts: int) -> Iterator[pa.Table]:
     """Yields the listing of all hashed or packed parts."""
     for part in range(num_parts):
-        with storage.open_read(part_url(config, part)) as stream:
+        with storage.open_read(part_url(job_url, part)) as stream:
             for batch in pq.ParquetFile(pa.PythonFile(stream, mode="r")).iter_batches(use_threads=False):
                 yield pa.Table.from_batches([batch])

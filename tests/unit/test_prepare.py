@@ -248,8 +248,8 @@ def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> 
     prepared(source, tmp_path / "plain", **settings)
     job = started(source, tmp_path / "set", **settings)
     prepare.write_shard(job, 1)
-    (shard,) = (tmp_path / "set").rglob("*/shard-*.parquet")
-    inode = shard.stat().st_ino
+    (attempt,) = (tmp_path / "set").rglob("attempts/*.parquet")
+    inode = attempt.stat().st_ino
     done: list[int] = []
 
     def run_tasks(_: str, function: Any, numbers: Any) -> list[Any]:
@@ -258,7 +258,7 @@ def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> 
 
     prepare.run(config(source, tmp_path / "set", **settings), run_tasks)
     assert done == [index for index in range(len(job.shards)) if index != 1]
-    assert shard.stat().st_ino == inode
+    assert inode in {path.stat().st_ino for path in (tmp_path / "set").rglob("shard-*.parquet")}
     assert content(tmp_path / "set") == content(tmp_path / "plain")
 
 
@@ -310,9 +310,9 @@ def test_too_many_bad_inputs_end_without_a_data_set_and_keep_the_work(source: Pa
     (named,) = re.findall(r"see file://([^;]*);", message)
     assert sorted(pq.read_table(named)["path"].to_pylist()) == sorted(BAD)
     # Just enough is enough; no shard is written again.
-    shards = {path: path.stat().st_ino for path in (tmp_path / "set").rglob("*/shard-*.parquet")}
+    shards = {path.stat().st_ino for path in (tmp_path / "set").rglob("attempts/*.parquet")}
     assert prepared(source, tmp_path / "set", max_bad_fraction=3 / 93).num_quarantined == 3
-    assert {path: path.stat().st_ino for path in (tmp_path / "set").rglob("*/shard-*.parquet")} == shards
+    assert {path.stat().st_ino for path in (tmp_path / "set").rglob("shard-*.parquet")} == shards
 
 
 def test_a_class_without_a_usable_training_image_is_no_data_set(source: Path, tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_split_without_a_usable_image_is_no_data_set(photos: Path, tmp_path: P
 
 def test_a_shard_that_lost_all_its_inputs_is_left_out(source: Path, tmp_path: Path) -> None:
     job = started(source, tmp_path / "set", max_bad_fraction=1.0)
-    table = pq.ParquetFile(tmp_path / "set" / "_prepare" / "listing.parquet").read_row_group(0)
+    table = pq.ParquetFile(Path(job.url.removeprefix("file://")) / "listing.parquet").read_row_group(0)
     for path, size in zip(table["key"].to_pylist(), table["size_bytes"].to_pylist(), strict=True):
         (source / path).write_bytes(b"rotten".ljust(size))
     manifest = prepare.finish(job, [prepare.write_shard(job, index) for index in range(len(job.shards))])
@@ -382,7 +382,8 @@ def test_a_photo_that_cannot_be_read_stops_the_job_and_is_named(source: Path, tm
             prepare.write_shard(job, index)
     gc.collect()  # an unfinished writer must not complain when it is collected
     assert not (tmp_path / "set" / "manifest.json").exists()
-    assert not list((tmp_path / "set").rglob("*attempts/*"))
+    # What stays are the shards before it; of the failed one, nothing.
+    assert len(list((tmp_path / "set").rglob("attempts/*"))) == len(list((tmp_path / "set").rglob("done/*")))
 
 
 @pytest.mark.parametrize("large", [True, False])
@@ -476,6 +477,15 @@ if point == "in the middle of a shard":
     shards.ShardWriter.add = add_some
 if point == "between a shard and its ledger":
     tasks.write_ledger = die
+if point == "in the middle of the placing":
+    real_rename, renames = storage.rename, []
+    def rename(*args, **more):
+        real_rename(*args, **more)
+        renames.append(0)
+        if len(renames) == 2:
+            die()
+    real_place = finish.place_shards
+    finish.place_shards = lambda *args: (setattr(storage, "rename", rename), real_place(*args))
 if point == "before the manifest":
     finish.write_manifest = die
 real = finish.write_manifest
@@ -505,6 +515,7 @@ prepare.run(from_dict(PrepareConfig, settings, "test"), run_tasks)
         "between two shards",
         "in the middle of a shard",
         "between a shard and its ledger",
+        "in the middle of the placing",
         "before the manifest",
         "in the middle of the manifest",
         "behind the manifest",
@@ -524,9 +535,9 @@ def test_a_run_killed_at_any_point_ends_after_a_rerun_with_the_same_bytes(
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     left = content(tmp_path / "killed")
     assert ("manifest.json" in left) == (point == "behind the manifest")
-    for place, name in (("a shard", "_prepare/attempts/.train-00000."), ("the manifest", ".manifest.json.")):
+    for place, name in (("a shard", "/attempts/.train-00000."), ("the manifest", ".manifest.json.")):
         if point == f"in the middle of {place}":
-            assert any(found.startswith(name) and found.endswith(".tmp") for found in left)
+            assert any(name in found and found.endswith(".tmp") for found in left)
 
     prepared(source, tmp_path / "killed", **settings)
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
