@@ -16,9 +16,10 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
+import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -37,6 +38,8 @@ LISTING_NAME = "listing.parquet"
 UNHASHED_NAME = "unhashed.parquet"
 JOB_NAME = "job.json"
 PIECE_BYTES = 1 << 20
+READ_TOGETHER = 8
+SMALL_BYTES = 256 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,7 @@ def image_spec(config: PrepareConfig) -> ImageSpec:
 @contextlib.contextmanager
 def converter(config: PrepareConfig) -> Iterator[Callable[[bytes], Sample | Rejected]]:
     """Gives what turns the bytes of an image into a sample: in this process, or for untrusted images in one that may be killed."""
+    cv2.setNumThreads(1)  # a task has one core; others run beside it
     spec = image_spec(config)
     rules = Rules(config.max_bytes, config.max_pixels, config.max_aspect, config.background_rgb())
     if config.keep_original:
@@ -108,17 +112,18 @@ def converter(config: PrepareConfig) -> Iterator[Callable[[bytes], Sample | Reje
         yield sandbox.convert
 
 
+def input_url(config: PrepareConfig, entry: dict[str, Any]) -> str:
+    """Returns the file that holds a listed input."""
+    return entry["url"] or storage.join(config.source_url, entry["key"])
+
+
 def read_input(config: PrepareConfig, entry: dict[str, Any]) -> bytes | Rejected:
     """Returns the bytes of a listed input, or why it is not read.
 
     Raises:
         StorageError: The file system failed, which says nothing about the input.
     """
-    url, offset, size = (
-        entry["url"] or storage.join(config.source_url, entry["key"]),
-        entry["offset"],
-        entry["size_bytes"],
-    )
+    url, offset, size = input_url(config, entry), entry["offset"], entry["size_bytes"]
     try:
         if offset is not None:
             return too_large(config, size) or storage.read_range(url, offset, size)
@@ -140,20 +145,47 @@ def too_large(config: PrepareConfig, size: int) -> Rejected | None:
     return Rejected("too_many_bytes", f"{size} bytes; expected at most {config.max_bytes}")
 
 
+def read_inputs(config: PrepareConfig, entries: Sequence[dict[str, Any]]) -> list[bytes | Rejected]:
+    """Returns the bytes of one input, or of some small files at once."""
+    if len(entries) == 1:
+        return [read_input(config, entries[0])]
+    found = storage.read_files([input_url(config, entry) for entry in entries])
+    return [
+        data if data is not None and len(data) == entry["size_bytes"] else read_input(config, entry)
+        for entry, data in zip(entries, found, strict=True)
+    ]
+
+
+def together(entries: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yields inputs in order, small files some at a time."""
+    waiting: list[dict[str, Any]] = []
+    for entry in entries:
+        is_small = entry["offset"] is None and (entry["size_bytes"] or SMALL_BYTES) < SMALL_BYTES
+        if waiting and (not is_small or len(waiting) == READ_TOGETHER):
+            yield waiting
+            waiting = []
+        waiting.append(entry)
+        if not is_small:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
 def read_ahead(
     config: PrepareConfig, inputs: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], bytes | Rejected]]:
     """Yields inputs with their bytes, in order, read by a few threads at once."""
     with ThreadPoolExecutor(config.read_threads, thread_name_prefix="read") as pool:
-        pending: collections.deque[Any] = collections.deque()
-        for entry in inputs:
-            pending.append((entry, pool.submit(read_input, config, entry)))
-            if len(pending) == 2 * config.read_threads:
-                first, data = pending.popleft()
-                yield first, data.result()
-        while pending:
-            first, data = pending.popleft()
-            yield first, data.result()
+        pending: collections.deque[tuple[list[dict[str, Any]], Future[list[bytes | Rejected]]]] = collections.deque()
+        parts = together(inputs)
+        while True:
+            while len(pending) < 2 * config.read_threads and (part := next(parts, None)):
+                pending.append((part, pool.submit(read_inputs, config, part)))
+            if not pending:
+                return
+            entries, future = pending.popleft()
+            yield from zip(entries, future.result(), strict=True)
 
 
 def read_group(url: str, index: int) -> pa.Table:

@@ -89,7 +89,8 @@ def drive(config: PrepareConfig) -> tuple[int, float]:
 def leave_ledger(job: tasks.Job, index: int) -> ShardResult:
     """Writes the ledger of a shard as if every input had been stored."""
     split, number = job.shards[index]
-    rows = tasks.read_group(tasks.work_url(job.config, tasks.LISTING_NAME), index).to_pylist()
+    attempt = f"{split}-{number:05d}.parquet"
+    rows = tasks.read_group(storage.join(job.url, tasks.LISTING_NAME), index).to_pylist()
     entries = [
         {**dict.fromkeys(LEDGER.names), "path": row["key"], "class": row["class"], "split": split, "size_bytes": 1}
         for row in rows
@@ -101,7 +102,7 @@ def leave_ledger(job: tasks.Job, index: int) -> ShardResult:
     shard = Shard(
         f"{split}/shard-{number:05d}.parquet", len(rows), 1, "0" * 64, (len(rows),), (1,), ("0" * 16,), "0" * 16
     )
-    result = ShardResult(split, shard, class_rows, 0, len(rows), 1.0)
-    storage.write_bytes(storage.join(job.config.target_url, shard.path), b"x")
-    write_ledger(ledger_url(job.config.target_url, split, number), entries, result)
+    result = ShardResult(split, attempt, shard, class_rows, 0, len(rows), 1.0)
+    storage.write_bytes(storage.join(job.url, "attempts", attempt), b"x")
+    write_ledger(ledger_url(job.url, split, number), entries, result)
     return result

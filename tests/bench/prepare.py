@@ -95,6 +95,7 @@ def measure_in_process(results: Results, corpora: Sequence[Corpus], folder: Path
             for arm, (seconds, num_bytes) in in_process_round(corpus, folder).items():
                 if number:
                     results.add(arm, corpus, seconds, num_bytes)
+        print(f"  round {number} of {rounds}", file=sys.stderr)
     for corpus in corpora:
         results.ratio(corpus.name, "bare loop", "cvdist, whole run", 0.85)
         results.ratio(corpus.name, "bare loop", "cvdist, write_shard", 0.85)
@@ -200,6 +201,7 @@ def main() -> None:
         about = describe([small, large, enlarged])
         print(*(f"{key}: {value}" for key, value in about.items()), sep="\n", flush=True)
         measure_in_process(results, [small, large, enlarged], folder, options.rounds)
+        write(results, about, options.out)
         if options.spark_rounds:
             wanted = ((small, options.spark_images), (large, options.spark_large))
             many = [
@@ -207,12 +209,18 @@ def main() -> None:
                 for corpus, count in wanted
             ]
             measure_spark(results, many, folder, options.spark_rounds)
+            write(results, about, options.out)
         if options.listed:
             measure_memory(results, small, large, folder, options.listed)
-        results.show()
-    if options.out:
+            write(results, about, options.out)
+    results.show()
+
+
+def write(results: Results, about: dict[str, str], path: Path | None) -> None:
+    """Writes what is known so far."""
+    if path:
         arms = [{"arm": arm, "corpus": corpus, "cpu_s": cpu} for (arm, corpus), cpu in results.cpu.items()]
-        options.out.write_text(json.dumps({**about, "arms": arms, "lines": results.lines}, indent=1))
+        path.write_text(json.dumps({**about, "arms": arms, "lines": results.lines}, indent=1))
 
 
 if __name__ == "__main__":

@@ -574,3 +574,14 @@ class TestLimits:
             ConfigError, match=f"CVDIST_STORAGE_{name}: '{text}' cannot be used; expected a number from"
         ):
             storage.exists("file:///")
+
+
+def test_many_small_files_are_read_at_once_and_others_are_left_to_a_read_of_their_own(storage_url: str) -> None:
+    contents = {"a": b"one", "b": b"", "c": bytes(9 << 20), "d d%": b"four"}
+    for name, data in contents.items():
+        storage.write_bytes(storage.join(storage_url, name), data)
+    found = storage.read_files([storage.join(storage_url, name) for name in contents])
+    assert found == [b"one", b"", None, b"four"]
+    assert storage.read_bytes(storage.join(storage_url, "c")) == contents["c"]
+    with_absent = [storage.join(storage_url, name) for name in ("a", "absent", "d d%")]
+    assert storage.read_files(with_absent) == [None, None, None]
