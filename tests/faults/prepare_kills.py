@@ -86,16 +86,16 @@ class State:
 def look(target: str) -> State:
     """Looks at a data set that is being made."""
     try:
-        names = {storage.name(entry.url) for entry in storage.list_dir(target)}
+        entries = {storage.name(entry.url): entry for entry in storage.list_dir(target)}
+        # While the run is under way its ledgers tell which shards are finished; in the end they have their names.
+        inner = [entry.url for name, entry in entries.items() if entry.is_dir and name != "_prepare"]
+        if "_prepare" in entries:
+            jobs = [entry for entry in storage.list_dir(entries["_prepare"].url) if entry.is_dir]
+            inner = [storage.join(entry.url, "done") for entry in jobs]
+        found = [storage.name(entry.url) for url in inner for entry in storage.list_dir(url)]
     except NotFoundError:
-        return State()
-    done: list[str] = []
-    with contextlib.suppress(NotFoundError):  # there is no shard yet, or the run has just ended
-        for entry in storage.list_dir(storage.join(target, "_prepare")):
-            if entry.is_dir:
-                done += [storage.name(ledger.url) for ledger in storage.list_dir(storage.join(entry.url, "done"))]
-    num_shards = sum(not name.startswith(".") for name in done)
-    return State("_prepare" in names, num_shards, "manifest.json" in names)
+        return State(has_work=storage.exists(storage.join(target, "_prepare")))
+    return State("_prepare" in entries, len([n for n in found if n[0] not in "._"]), "manifest.json" in entries)
 
 
 class Run:
