@@ -65,14 +65,17 @@ class Outline:
     Attributes:
         digest: sha256 of format, settings and inputs.
         num_listed: Inputs that are new; before `read_contents` of a source that has to be unpacked, its containers.
+        num_held: Inputs whose keys the data set that is appended to holds already.
+        probe_seconds: For decoding and encoding one image.
+        probe_bytes: Mean size of a stored image.
     """
 
     def __init__(self, config: PrepareConfig, folder: pathlib.Path, previous: Manifest | None) -> None:
         """Reads nothing yet; `folder` is scratch space, `previous` what is appended to."""
         self.config, self._folder = config, folder
         self._previous = previous if config.append else None
-        self.digest, self.num_listed = "", 0
-        self._is_settled = False
+        self.digest, self.num_listed, self.num_held = "", 0, 0
+        self.probe_seconds, self.probe_bytes = 0.0, 1.0
 
     def list_source(self) -> None:
         """Lists the source."""
@@ -81,7 +84,7 @@ class Outline:
         chain = [self._previous.digest] if self._previous else []
         digest = new_digest(json.dumps([VERSION, settings(config)], sort_keys=True), *chain)
         if self._source.containers:
-            digest.update(repr([(box.url, box.size_bytes) for box in self._source.containers]).encode())
+            digest.update(repr([(box.path, box.size_bytes) for box in self._source.containers]).encode())
             self.num_listed = len(self._source.containers)
         else:
             self._spool = self._new_spool("listed", self._source.batches())
@@ -92,13 +95,16 @@ class Outline:
 
     def _new_spool(self, name: str, tables: Iterator[pa.Table]) -> Spool:
         """Spools tables, without those inputs that the data set holds already."""
+        self.num_held = 0
         spool = Spool(self._folder / name, self.config.seed, self._source.extra)
         held = np.sort(np.concatenate([key_hashes(t["key"]) for t in self._held()] or [np.zeros(0, "S16")]))
         for table in tables:
             if len(held):
                 hashes = key_hashes(table["key"])
                 places = np.minimum(np.searchsorted(held, hashes), len(held) - 1)
-                table = table.filter(pa.array(held[places] != hashes))
+                is_new = held[places] != hashes
+                self.num_held += int((~is_new).sum())
+                table = table.filter(pa.array(is_new))
             spool.add(table)
         return spool
 
@@ -197,7 +203,6 @@ class Outline:
         A small split is cut into several all the same, so that several tasks can write it.
         """
         found: dict[str, int] = {}
-        self.probe_seconds, self.probe_bytes = 0.0, 1.0
         with converter(self.config) as to_sample:
             for split, num_rows in self.split_rows.items():
                 inputs = [read_input(self.config, entry) for entry in self._probes[split]]

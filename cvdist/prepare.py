@@ -196,6 +196,8 @@ def start(
             storage.delete(work_url(config, JOB_NAME))
             assert previous is not None
             return previous
+        if config.append and previous is not None:
+            say(f"  {outline.num_held:,} inputs are there already, by their keys; {outline.num_listed:,} are new")
         num_shards = (state or {}).get("num_shards") or outline.num_shards()
         job = outline.write_listing(num_shards)
         write_state(config, outline.digest, num_shards)
