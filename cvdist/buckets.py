@@ -26,12 +26,24 @@ class Buckets:
         self._paths = [folder / f"{bucket:03d}.arrows" for bucket in range(NUM_BUCKETS)]
         self._writers: dict[int, Any] = {}
         self._files = contextlib.ExitStack()
+        self._held: list[tuple[pa.Table, npt.NDArray[np.uint64]]] = []  # a few rows need no files
 
     def add(self, rows: pa.Table, hashes: npt.NDArray[np.uint64]) -> None:
-        """Deals a table by one hash for each of its rows."""
-        buckets = (hashes >> np.uint64(56)).astype(np.int64)
+        """Takes a table, and one hash for each of its rows."""
+        self._held.append((rows, hashes))
+        if self._writers or sum(table.num_rows for table, _ in self._held) > TABLE_ROWS:
+            self._deal()
+
+    def _in_order(self) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+        """Returns what is held in memory by bucket, and the buckets."""
+        buckets = (np.concatenate([hashes for _, hashes in self._held]) >> np.uint64(56)).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
-        rows, edges = rows.take(pa.array(order)), np.searchsorted(buckets[order], np.arange(NUM_BUCKETS + 1))
+        return pa.concat_tables([rows for rows, _ in self._held]).take(pa.array(order)), buckets[order]
+
+    def _deal(self) -> None:
+        """Writes what is held to its buckets."""
+        rows, buckets = self._in_order()
+        self._held, edges = [], np.searchsorted(buckets, np.arange(NUM_BUCKETS + 1))
         for bucket in np.flatnonzero(np.diff(edges)):
             if bucket not in self._writers:
                 sink = self._files.enter_context(pa.OSFile(str(self._paths[bucket]), "wb"))
@@ -40,6 +52,9 @@ class Buckets:
 
     def tables(self) -> Iterator[pa.Table]:
         """Ends the writing; yields whole buckets, small ones together, in the order of their hashes."""
+        if self._held and not self._writers:
+            yield self._in_order()[0]
+            return
         self._files.close()
         waiting: list[pa.Table] = []
         for bucket in sorted(self._writers):

@@ -39,7 +39,7 @@ from cvdist.tasks import (
 
 T = TypeVar("T")
 
-PROBE_IMAGES = 32
+PROBE_IMAGES, MIN_PROBES, ROWS_A_PROBE = 32, 4, 64  # most, fewest, and one for so many rows
 PART_ROWS = 4096
 MIN_SHARD_ROWS = 512
 MAX_SMALL_SHARDS = 16
@@ -195,7 +195,7 @@ class Outline:
         for target in self.selection.targets:
             yield f"  target   {target.name}: {target.kind}{f' of {len(target.classes)} classes' if target.classes else ''}"
         takes = duration(num_rows * self.probe_seconds)
-        yield f"  takes    about {takes} on one core, by the decoding of {PROBE_IMAGES} images of each split; nothing was written"
+        yield f"  takes    about {takes} on one core, by the decoding of some images; nothing was written"
 
     def num_shards(self) -> dict[str, int]:
         """Returns into how many shards each split is cut, judged by the stored size of a few of its images.
@@ -205,7 +205,8 @@ class Outline:
         found: dict[str, int] = {}
         with converter(self.config) as to_sample:
             for split, num_rows in self.split_rows.items():
-                inputs = [read_input(self.config, entry) for entry in self._probes[split]]
+                num_probes = max(MIN_PROBES, num_rows // ROWS_A_PROBE)
+                inputs = [read_input(self.config, entry) for entry in self._probes[split][:num_probes]]
                 started_s = time.process_time()
                 samples = [to_sample(data) for data in inputs if isinstance(data, bytes)]
                 self.probe_seconds = (time.process_time() - started_s) / max(1, len(samples))
