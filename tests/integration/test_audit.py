@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cvdist import cli, proof, storage
+from cvdist import cli, prepare, proof, storage
+from cvdist.config import PrepareConfig
 from cvdist.errors import DataError
 from cvdist.shards import read_manifest, row_group_offsets
 from tests.made_data import class_tree, data_set
@@ -89,6 +93,36 @@ def test_one_flipped_byte_ends_the_job_with_its_place(data: Path, tmp_path: Path
     assert (body["proven"], body["num_problems"]) == (False, 1)
     here = proof.audit_here(url, read_manifest(url))
     assert (tmp_path / "set" / "audit.json").read_bytes() == proof.audit_bytes(here)
+
+
+@pytest.mark.timeout(300)
+def test_a_thousand_flipped_bytes_in_as_many_row_groups_are_all_found(tmp_path: Path) -> None:
+    photos = class_tree(tmp_path / "photos", {"cat": 8, "dog": 8}, height=24, width=24)
+    images = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
+    table = pa.table({"image": images * 1010, "label": (["cat"] * 8 + ["dog"] * 8) * 1010})
+    pq.write_table(table, tmp_path / "photos.parquet", row_group_size=1000)
+    url = f"file://{tmp_path}/set"
+    settings = {"image_size": 24, "codec": "raw", "row_group_bytes": 1 << 14, "shard_bytes": 1 << 21}
+    manifest = prepare.run(PrepareConfig(f"file://{tmp_path}/photos.parquet", url, **settings))  # type: ignore[arg-type]
+    assert manifest is not None
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    places = [
+        (shard, start, size)
+        for shard in shards
+        for start, size in zip(row_group_offsets(shard), shard.row_group_bytes, strict=True)
+    ]
+    rng = random.Random(1)
+    for shard, start, size in rng.sample(places, 1000):
+        place, bit = rng.randrange(start, start + size), 1 << rng.randrange(8)
+        with (tmp_path / "set" / shard.path).open("r+b") as file:
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ bit]))
+    done = submit(url)
+    assert done.returncode == DataError.exit_code, done.stdout + done.stderr
+    assert json.loads((tmp_path / "set" / "audit.json").read_bytes())["num_problems"] == 1000
+    assert "(problem 1 of 1000)" in done.stdout + done.stderr
 
 
 def test_a_data_set_on_hdfs_is_inspected_and_proven(
