@@ -97,10 +97,10 @@ def run_prepare(corpus: Corpus, folder: Path) -> tuple[float, float, int]:
     return total_s, shards_s, sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards)
 
 
-def cpu_seconds(function: Callable[[], int], *, threads: int = 1) -> tuple[float, int]:
-    """Returns the CPU-seconds of a call, and what it returned; OpenCV is given so many threads."""
+def cpu_seconds(function: Callable[[], int]) -> tuple[float, int]:
+    """Returns the CPU-seconds of a call in one thread, and what it returned."""
     gc.collect()
-    cv2.setNumThreads(threads)
+    cv2.setNumThreads(1)
     try:
         started_s = time.process_time()
         num_bytes = function()
@@ -109,16 +109,22 @@ def cpu_seconds(function: Callable[[], int], *, threads: int = 1) -> tuple[float
         cv2.setNumThreads(-1)
 
 
-def in_process_round(corpus: Corpus, folder: Path) -> dict[str, tuple[float, int]]:
-    """Measures each arm that needs no other process once: CPU-seconds and bytes made."""
+def in_process_round(corpus: Corpus, many: Corpus, folder: Path) -> dict[str, tuple[float, int, int]]:
+    """Measures each arm that needs no other process once: CPU-seconds, bytes made, images.
+
+    cvdist works on `many`, which may be copies of `corpus`, so that what it does once for a data set is shared by a fair number of photos.
+    """
     photos = [path.read_bytes() for path in corpus.paths]
     gc.collect()
-    total_s, shards_s, num_bytes = run_prepare(corpus, folder)
-    return {
-        "cvdist, whole run": (total_s, num_bytes),
-        "cvdist, write_shard": (shards_s, num_bytes),
-        "bare loop": cpu_seconds(functools.partial(bare_loop, photos)),
-        "OpenCV": cpu_seconds(functools.partial(plain_opencv, corpus.paths)),
-        "Pillow": cpu_seconds(functools.partial(pillow, corpus.paths, draft=False)),
-        "Pillow, draft": cpu_seconds(functools.partial(pillow, corpus.paths, draft=True)),
+    total_s, shards_s, num_bytes = run_prepare(many, folder)
+    found = {"cvdist, whole run": (total_s, num_bytes, len(many.paths))}
+    found["cvdist, write_shard"] = (shards_s, num_bytes, len(many.paths))
+    peers: dict[str, Callable[[], int]] = {
+        "bare loop": functools.partial(bare_loop, photos),
+        "OpenCV": functools.partial(plain_opencv, corpus.paths),
+        "Pillow": functools.partial(pillow, corpus.paths, draft=False),
+        "Pillow, draft": functools.partial(pillow, corpus.paths, draft=True),
     }
+    for arm, function in peers.items():
+        found[arm] = (*cpu_seconds(function), len(corpus.paths))
+    return found

@@ -49,11 +49,11 @@ class Results:
     num_bytes: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def add(self, arm: str, corpus: Corpus, seconds: float, num_bytes: int = 0) -> None:
+    def add(self, arm: str, corpus: str, seconds: float, num_bytes: int, num_images: int) -> None:
         """Adds a round."""
-        self.cpu.setdefault((arm, corpus.name), []).append(seconds)
-        self.num_images[arm, corpus.name] = len(corpus.paths)
-        self.num_bytes[arm, corpus.name] = num_bytes
+        self.cpu.setdefault((arm, corpus), []).append(seconds)
+        self.num_images[arm, corpus] = num_images
+        self.num_bytes[arm, corpus] = num_bytes
 
     def per_image(self, arm: str, corpus: str) -> list[float]:
         """Returns CPU-seconds for one image, by round."""
@@ -88,15 +88,15 @@ class Results:
             print(f"| {line['what']} | {line['corpus']} | {values} | {target} | {line['verdict']} |", flush=True)
 
 
-def measure_in_process(results: Results, corpora: Sequence[Corpus], folder: Path, rounds: int) -> None:
+def measure_in_process(results: Results, corpora: Sequence[tuple[Corpus, Corpus]], folder: Path, rounds: int) -> None:
     """Measures all arms of this process; a round before the first is not counted, for it imports and warms up."""
     for number in range(rounds + 1):
-        for corpus in corpora:
-            for arm, (seconds, num_bytes) in in_process_round(corpus, folder).items():
+        for corpus, many in corpora:
+            for arm, measured in in_process_round(corpus, many, folder).items():
                 if number:
-                    results.add(arm, corpus, seconds, num_bytes)
+                    results.add(arm, corpus.name, *measured)
         print(f"  round {number} of {rounds}", file=sys.stderr)
-    for corpus in corpora:
+    for corpus, _ in corpora:
         results.ratio(corpus.name, "bare loop", "cvdist, whole run", 0.85)
         results.ratio(corpus.name, "bare loop", "cvdist, write_shard", 0.85)
         results.ratio(corpus.name, "OpenCV", "cvdist, write_shard", None if corpus.name == "A" else 6.0)
@@ -118,8 +118,9 @@ def measure_spark(results: Results, corpora: Sequence[Corpus], folder: Path, rou
         for corpus in corpora:
             for program in ("Petastorm", "cvdist"):
                 seconds, start_up = found[program, corpus.name][0], found[program, "empty"][0]
-                results.add(f"{program}, spark-submit", corpus, seconds - start_up)
-                results.add(f"{program}, spark-submit, start-up included", corpus, seconds)
+                counts = (0, len(corpus.paths))
+                results.add(f"{program}, spark-submit", corpus.name, seconds - start_up, *counts)
+                results.add(f"{program}, spark-submit, start-up included", corpus.name, seconds, *counts)
         task_peaks.append(found["cvdist", corpora[-1].name][1] / MIB)
     for corpus in corpora:
         name = corpus.name
@@ -139,12 +140,12 @@ def measure_memory(results: Results, small: Corpus, large: Corpus, folder: Path,
     peak = task_peak(large, folder) / MIB
     results.line("peak MiB of a process in write_shard", large.name, [peak], 1024, peak <= 1024)
     peaks = []
-    for num_inputs in (10_000, listed):
+    for num_inputs in (10_000, listed // 4, listed):
         found, seconds = driver_peak(small, folder, num_inputs)
         peaks.append(found / MIB)
         results.line(f"peak MiB of the driver, {num_inputs:,} listed", "table", peaks[-1:], None, None)
         print(f"  driver: {num_inputs:,} listed inputs took {seconds:.1f} CPU-seconds", flush=True)
-    growth = peaks[1] - peaks[0]
+    growth = peaks[-1] - peaks[0]
     results.line("growth of the driver, MiB", "table", [growth], FLAT_MIB, growth <= FLAT_MIB)
 
 
@@ -177,10 +178,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared" / "data" / "clothing")
     parser.add_argument("--images", type=int, default=800)
     parser.add_argument("--large", type=int, default=32)
+    parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--spark_rounds", type=int, default=3)
     parser.add_argument("--spark_images", type=int, default=8000)
-    parser.add_argument("--spark_large", type=int, default=128)
     parser.add_argument("--listed", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -197,18 +198,18 @@ def main() -> None:
         folder = Path(name)
         small = copy_photos(options.photos, folder / "A", options.images)
         large = make_mosaics(small, folder / "B", options.large)
-        enlarged = enlarge(small, folder / "C", max(2, options.large // 2))
+        enlarged = enlarge(small, folder / "C", options.large)
         about = describe([small, large, enlarged])
         print(*(f"{key}: {value}" for key, value in about.items()), sep="\n", flush=True)
-        measure_in_process(results, [small, large, enlarged], folder, options.rounds)
+        many, many_enlarged = (
+            repeat(corpus, folder / f"{corpus.name}-many", options.copies) for corpus in (large, enlarged)
+        )
+        corpora = ((small, small), (large, many), (enlarged, many_enlarged))
+        measure_in_process(results, corpora, folder, options.rounds)
         write(results, about, options.out)
         if options.spark_rounds:
-            wanted = ((small, options.spark_images), (large, options.spark_large))
-            many = [
-                repeat(corpus, folder / f"{corpus.name}-many", -(-count // len(corpus.paths)))
-                for corpus, count in wanted
-            ]
-            measure_spark(results, many, folder, options.spark_rounds)
+            photos = repeat(small, folder / "A-many", -(-options.spark_images // len(small.paths)))
+            measure_spark(results, [photos, many], folder, options.spark_rounds)
             write(results, about, options.out)
         if options.listed:
             measure_memory(results, small, large, folder, options.listed)
