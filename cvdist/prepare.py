@@ -6,6 +6,7 @@ tasks.py; a run that was killed goes on with the shards that are not finished.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 from cvdist import ledger, storage
 from cvdist.config import PrepareConfig
-from cvdist.errors import ConfigError, DataError, StorageError
+from cvdist.errors import ConfigError, CvdistError, DataError, StorageError
 from cvdist.finish import finish
 from cvdist.ledger import ShardResult
 from cvdist.listing import SPLITS
@@ -81,9 +82,12 @@ def run(
                 description = f"write {len(pending)} shards of {config.target_url}"
                 results = run_tasks(description, functools.partial(write_shard, job), pending)
             return finish(job, [*done.values(), *results], lock.require)
-        except (ConfigError, DataError):
-            if lock.is_mine() and not has_shards(config, read_state(config)):
-                remove_empty(config)  # refused before there was anything to go on with
+        except CvdistError as error:
+            with contextlib.suppress(StorageError):  # the first error is the one to be told
+                is_refusal = not isinstance(error, StorageError)
+                state = read_state(config)
+                if lock.is_mine() and (state is None or (is_refusal and not has_shards(config, state))):
+                    remove_empty(config)  # there is nothing to go on with
             raise
 
 
