@@ -294,7 +294,7 @@ def test_the_child_ends_with_its_parent_even_frozen() -> None:
         parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
         assert parent.stdout
         child = int(parent.stdout.readline())
-        assert state_of(child) == "S"
+        until(lambda child=child: state_of(child) == "S")  # type: ignore[misc]
         if is_frozen:
             os.kill(child, signal.SIGSTOP)
             until(lambda child=child: state_of(child) == "T")  # type: ignore[misc]
