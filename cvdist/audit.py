@@ -21,7 +21,7 @@ import xxhash
 from cvdist import storage
 from cvdist.errors import NotFoundError
 from cvdist.images import ImageSpec, Pixels, decode_stored, has_stored_size
-from cvdist.loader import Window, read_columns
+from cvdist.reader import Window, read_columns
 from cvdist.repeats import ROWS
 from cvdist.shards import MAGIC, Shard, footer_offset
 

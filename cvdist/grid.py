@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cvdist.images import Pixels, decode_stored
-from cvdist.loader import ShardReader
+from cvdist.reader import ShardReader
 from cvdist.shards import Manifest
 
 MAX_CLASSES = 20

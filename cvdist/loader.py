@@ -7,32 +7,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
-from cvdist import augment, storage
+from cvdist import augment
 from cvdist.comm import World
 from cvdist.config import AugmentConfig, LoaderConfig
-from cvdist.errors import DataError, NotFoundError
+from cvdist.errors import DataError
+from cvdist.groups import GroupCache
 from cvdist.images import Pixels, decode_stored
 from cvdist.plan import EpochPlan, Step
-from cvdist.shards import Manifest, Shard, footer_offset, row_group_offsets
+from cvdist.reader import RowGroup, ShardReader
+from cvdist.shards import Manifest
 
 if TYPE_CHECKING:
     import tensorflow as tf
-
-COLUMNS = ("label", "image", "height", "width", "image_xxh3")
-FETCH_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,156 +49,6 @@ class Batch:
     samples: npt.NDArray[np.int64]
     num_valid: int
     params: npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowGroup:
-    """The columns of one row group in memory; `images` are its stored images behind each other, cut at `offsets`."""
-
-    where: str
-    images: memoryview
-    offsets: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    heights: npt.NDArray[np.int32]
-    widths: npt.NDArray[np.int32]
-    checksums: npt.NDArray[np.int64]
-
-    def image(self, row: int) -> memoryview:
-        """Returns the stored bytes of one image.
-
-        Raises:
-            DataError: They are not the bytes that were written.
-        """
-        data = self.images[self.offsets[row] : self.offsets[row + 1]]
-        if xxhash.xxh3_64_intdigest(data) != int(self.checksums[row]) & 0xFFFFFFFFFFFFFFFF:
-            raise DataError(
-                f"{self.where}, row {row}: the image differs from its checksum; expected what prepare wrote; restore the shard"
-            )
-        return data
-
-
-class ShardReader:
-    """Reads row groups of the shards of a split, by their number counted through all shards."""
-
-    def __init__(self, data_url: str, manifest: Manifest, split: str) -> None:
-        """Takes the split's shards from the manifest; opens nothing yet."""
-        self._url = data_url
-        self._places = [
-            (shard, index, offset)
-            for shard in manifest.splits[split].shards
-            for index, offset in enumerate(row_group_offsets(shard))
-        ]
-        self._footers: dict[str, bytes] = {}  # parsed when used: parsed ones take fifteen times the room
-
-    def num_bytes(self, group: int) -> int:
-        """Returns the stored bytes of a row group."""
-        shard, index, _ = self._places[group]
-        return shard.row_group_bytes[index]
-
-    def read(self, group: int) -> RowGroup:
-        """Reads one row group.
-
-        Raises:
-            DataError: The shard is missing, or not the one that the manifest names.
-        """
-        shard, index, offset = self._places[group]
-        url = storage.join(self._url, shard.path)
-        where = f"{url}, row group {index}"
-        try:
-            footer = pq.read_metadata(pa.BufferReader(self._footer(url, shard)))
-            data = storage.read_range(url, offset, shard.row_group_bytes[index])
-            is_intact = xxhash.xxh3_64_hexdigest(data) == shard.row_group_xxh3[index]
-            table = read_columns(Window(data, offset, shard.num_bytes), footer, index, COLUMNS)
-        except NotFoundError:
-            raise DataError(
-                f"{url} does not exist; expected the shard that the manifest names; restore it or prepare again"
-            ) from None
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(
-                f"{where} cannot be read ({error}); expected the shard that prepare wrote; restore it or prepare again"
-            ) from None
-        images = table["image"].combine_chunks()
-        images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
-        _, offsets, values = images.buffers()
-        columns = {name: table[name].to_numpy() for name in ("label", "height", "width", "image_xxh3")}
-        rows = RowGroup(
-            where=where,
-            images=memoryview(values).cast("B"),
-            offsets=np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1],
-            labels=columns["label"],
-            heights=columns["height"],
-            widths=columns["width"],
-            checksums=columns["image_xxh3"],
-        )
-        if not is_intact:
-            for row in range(table.num_rows):
-                rows.image(row)  # names the row, where it is an image that is damaged
-            raise DataError(
-                f"{where} differs from its checksum; expected what prepare wrote; restore the shard or prepare again"
-            )
-        return rows
-
-    def _footer(self, url: str, shard: Shard) -> bytes:
-        """Returns the footer of a shard, read once; threads may read it twice, to the same effect."""
-        if shard.path not in self._footers:
-            size = storage.stat(url).size_bytes
-            if size != shard.num_bytes:
-                raise DataError(
-                    f"{url} holds {size} bytes; expected {shard.num_bytes}; restore the shard or prepare again"
-                )
-            start = footer_offset(shard)
-            footer = storage.read_range(url, start, size - start)
-            if xxhash.xxh3_64_hexdigest(footer) != shard.footer_xxh3:
-                raise DataError(
-                    f"{url}: the footer differs from its checksum; expected what prepare wrote; restore the shard or prepare again"
-                )
-            self._footers[shard.path] = footer
-        return self._footers[shard.path]
-
-
-class Window(io.RawIOBase):
-    """A stretch of a file in memory that answers as the whole file; reading outside the stretch is an error."""
-
-    def __init__(self, data: bytes, offset: int, size: int) -> None:
-        """Holds `data`, which lies at `offset` of a file of `size` bytes."""
-        self._data, self._offset, self._size, self._place = memoryview(data), offset, size, 0
-
-    def readable(self) -> bool:
-        """True: this is for reading only."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """Returns the place in the whole file."""
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to a place in the whole file."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = base + offset
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        """Reads from the stretch."""
-        end = self._size if size < 0 else min(self._place + size, self._size)
-        start = self._place
-        if start < self._offset or end > self._offset + len(self._data):
-            raise ValueError(f"bytes {start} to {end} lie outside of the stretch at {self._offset} + {len(self._data)}")
-        self._place = end
-        return bytes(self._data[start - self._offset : end - self._offset])
-
-
-def read_columns(window: Window, footer: pq.FileMetaData, index: int, columns: Sequence[str]) -> pa.Table:
-    """Returns columns of row group `index`, whose bytes are in memory.
-
-    Raises:
-        pyarrow.ArrowException, OSError, ValueError: The bytes are no such row group.
-    """
-    file = pq.ParquetFile(pa.PythonFile(window), metadata=footer)
-    return file.read_row_group(index, columns=list(columns), use_threads=False)
 
 
 class Loader:
@@ -356,46 +201,3 @@ class Loader:
 
         dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
         return dataset.apply(tf.data.experimental.assert_cardinality(max(0, self.plan(epoch).num_steps - start_step)))
-
-
-class GroupCache:
-    """Row groups in memory: fetched by threads before their use, kept while a step needs them, and after that while there is room."""
-
-    def __init__(self, reader: ShardReader, budget_bytes: int) -> None:
-        """Holds what the fetched steps need; when that is less than `budget_bytes`, what earlier steps needed fills up the rest."""
-        self._reader, self._budget_bytes = reader, budget_bytes
-        self._futures: collections.OrderedDict[int, Future[RowGroup]] = collections.OrderedDict()
-        self._uses: collections.Counter[int] = collections.Counter()
-        self._num_bytes = 0
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-
-    def fetch(self, step: Step) -> int:
-        """Starts reading what `step` needs and no step before it has needed; returns how many bytes that is."""
-        before = self._num_bytes
-        for group in {int(group): None for group in step.groups}:
-            self._uses[group] += 1
-            if group not in self._futures:
-                self._futures[group] = self._pool.submit(self._reader.read, group)
-                self._num_bytes += self._reader.num_bytes(group)
-        return self._num_bytes - before
-
-    def groups(self, step: Step) -> dict[int, Future[RowGroup]]:
-        """Returns the row groups of a fetched step, some of them still being read."""
-        return {group: self._futures[group] for group in {int(group) for group in step.groups}}
-
-    def release(self, step: Step) -> None:
-        """Ends the need of `step`; unneeded row groups go, the longest unused first, when the budget is exceeded."""
-        for group in {int(group) for group in step.groups}:
-            self._uses[group] -= 1
-            if not self._uses[group]:
-                del self._uses[group]
-            self._futures.move_to_end(group)
-        for group in [group for group in self._futures if group not in self._uses]:
-            if self._num_bytes <= self._budget_bytes:
-                return
-            del self._futures[group]
-            self._num_bytes -= self._reader.num_bytes(group)
-
-    def close(self) -> None:
-        """Stops reading."""
-        self._pool.shutdown(wait=False, cancel_futures=True)

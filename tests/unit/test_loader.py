@@ -21,7 +21,8 @@ from cvdist.comm import World
 from cvdist.config import AugmentConfig, LoaderConfig
 from cvdist.errors import DataError
 from cvdist.images import Pixels, decode_stored
-from cvdist.loader import Batch, Loader, RowGroup, ShardReader
+from cvdist.loader import Batch, Loader
+from cvdist.reader import RowGroup, ShardReader
 from cvdist.shards import Manifest, Row, ShardWriter, read_manifest, row_group_offsets
 from tests.made_data import class_tree, data_set
 
