@@ -28,7 +28,7 @@ from cvdist import deadline
 from cvdist.deadline import MIB, Caller, Limits, TimedOutError, UnavailableError
 from cvdist.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
 from cvdist.stores import FileInfo, Store, open_store
-from cvdist.streams import FileWriter, ReadAhead, check_length
+from cvdist.streams import FileWriter, RangeReader, ReadAhead, check_length
 from cvdist.urls import Location, check_url, join, name, parent, parse, relative
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from cvdist.stores import Writer
 
 __all__ = [
-    "FileInfo", "FileWriter", "Limits", "TimedOutError", "UnavailableError", "check_url", "create", "delete", "exists", "join",
-    "list_dir", "make_dirs", "name", "open_read", "parent", "read_bytes", "read_files", "read_range", "read_text", "relative",
-    "rename", "scan_dir", "stat", "walk_files", "write_bytes", "write_text",
+    "FileInfo", "FileWriter", "Limits", "RangeReader", "TimedOutError", "UnavailableError", "check_url", "create", "delete",
+    "exists", "join", "list_dir", "make_dirs", "name", "open_ranges", "open_read", "parent", "read_bytes", "read_files",
+    "read_range", "read_text", "relative", "rename", "scan_dir", "stat", "walk_files", "write_bytes", "write_text",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -232,6 +232,17 @@ def read_text(url: str) -> str:
         ) from error
 
 
+def open_ranges(url: str) -> RangeReader:
+    """Opens a file of which stretches are read, and whose bytes the caller verifies: one that is replaced is not noticed.
+
+    Raises:
+        NotFoundError: There is none.
+        StorageError: It is a directory.
+    """
+    place = parse(url)
+    return RangeReader(_call(place, lambda store: store.open_reader(place.path, one_piece=True)), _caller(place))
+
+
 def read_range(url: str, offset: int, length: int) -> bytes:
     """Returns exactly `length` bytes from `offset` on.
 
@@ -240,18 +251,11 @@ def read_range(url: str, offset: int, length: int) -> bytes:
     """
     place = parse(url)
     raw = _call(place, lambda store: store.open_reader(place.path, one_piece=length <= Limits.chunk_bytes))
-    if not 0 <= offset <= offset + length <= raw.size_bytes:
-        raise StorageError(
-            f"{place.url}: bytes {offset} to {offset + length} are asked for, the file has {raw.size_bytes};"
-            " expected a range within it; check what named the range"
-        )
-    pieces = []
-    for start in range(offset, offset + length, Limits.chunk_bytes):
-        piece_bytes = min(Limits.chunk_bytes, offset + length - start)
-        pieces.append(_caller(place).call(functools.partial(raw.read_at, start, piece_bytes)))
-        check_length(place.url, start, piece_bytes, len(pieces[-1]))
-    raw.close()
-    return b"".join(pieces)
+    file = RangeReader(raw, _caller(place))
+    try:
+        return file.read(offset, length)
+    finally:
+        file.close()
 
 
 @contextlib.contextmanager

@@ -123,6 +123,38 @@ class ReadAhead(io.RawIOBase):
             self._piece, self._next = b"", None
 
 
+class RangeReader:
+    """An open file of which stretches are read, in no order; threads may share it, a forked child may not."""
+
+    def __init__(self, raw: Reader, caller: Caller) -> None:
+        """Takes an open file."""
+        self._raw = raw
+        self._caller = caller
+        self.size_bytes = raw.size_bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns exactly `length` bytes from `offset` on.
+
+        Raises:
+            StorageError: The file is shorter, or the file system failed.
+        """
+        if not 0 <= offset <= offset + length <= self.size_bytes:
+            raise StorageError(
+                f"{self._caller.url}: bytes {offset} to {offset + length} are asked for, the file has {self.size_bytes};"
+                " expected a range within it; check what named the range"
+            )
+        pieces = []
+        for start in range(offset, offset + length, Limits.chunk_bytes):
+            piece_bytes = min(Limits.chunk_bytes, offset + length - start)
+            pieces.append(self._caller.call(functools.partial(self._raw.read_at, start, piece_bytes)))
+            check_length(self._caller.url, start, piece_bytes, len(pieces[-1]))
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Gives the file back; without this it is given back when nobody holds it any more."""
+        self._raw.close()
+
+
 def check_length(url: str, offset: int, expected_bytes: int, found_bytes: int) -> None:
     """Refuses a read that came back short.
 

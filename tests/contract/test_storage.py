@@ -114,6 +114,22 @@ class TestEveryFileSystem:
         with pytest.raises(StorageError, match="the file has 10; expected a range within it"):
             storage.read_range(storage.join(url, "a.bin"), offset, length)
 
+    def test_threads_may_read_stretches_of_one_open_file(self, url: str) -> None:
+        target, data = storage.join(url, "a.bin"), random.Random(6).randbytes(9 * MIB)
+        storage.write_bytes(target, data)
+        file = storage.open_ranges(target)
+        assert file.size_bytes == len(data)
+        places = [(random.Random(turn).randrange(len(data) - 1000), 1 + turn) for turn in range(200)] + [(0, len(data))]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for (offset, length), found in zip(places, pool.map(lambda place: file.read(*place), places), strict=True):
+                assert found == data[offset : offset + length]
+        for offset, length in [(-1, 2), (len(data), 1), (0, -1), (0, len(data) + 1)]:
+            with pytest.raises(StorageError, match=f"the file has {len(data)}; expected a range within it"):
+                file.read(offset, length)
+        file.close()
+        with pytest.raises(NotFoundError):
+            storage.open_ranges(storage.join(url, "missing"))
+
     @pytest.mark.parametrize("readahead_bytes", [0, 100_000, 8 * MIB])
     def test_read_ahead_gives_the_same_bytes_as_a_plain_file(self, url: str, readahead_bytes: int) -> None:
         target, rng = storage.join(url, "a.bin"), random.Random(readahead_bytes)
