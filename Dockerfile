@@ -26,9 +26,9 @@ USER cvdist
 WORKDIR /home/cvdist/cvdist
 
 # Only what the set-up is made from, so that a change of the code does not build Horovod again.
-COPY --chown=cvdist Makefile setup.cfg pyproject.toml ./
+COPY --chown=cvdist Makefile setup.cfg setup.py pyproject.toml ./
 COPY --chown=cvdist requirements requirements
-COPY --chown=cvdist cvdist/__init__.py cvdist/__init__.py
+COPY --chown=cvdist cvdist/__init__.py cvdist/_tiles.c cvdist/
 RUN PIP_NO_CACHE_DIR=1 XDG_CACHE_HOME=/tmp/cache make setup && rm -rf /tmp/cache
 
 COPY --chown=cvdist . .
