@@ -20,13 +20,13 @@ import xxhash
 
 from cvdist import storage
 from cvdist.errors import NotFoundError
+from cvdist.hashing import HashingReader
 from cvdist.images import ImageSpec, Pixels, decode_stored, has_stored_size
-from cvdist.reader import Window, read_columns
+from cvdist.reader import Meaning, Window, adopted_columns, adopted_rows, read_columns
 from cvdist.repeats import ROWS
-from cvdist.shards import MAGIC, Shard, footer_offset
+from cvdist.shards import MAGIC, Shard, footer_offset, row_group_offsets
 
 MAX_PROBLEMS = 4
-PIECE_BYTES = 1 << 20
 # calcHist counts in float32, which is exact up to here.
 COUNT_PIXELS = 1 << 24
 # What decoders raise for bytes that are no image.
@@ -51,6 +51,7 @@ class Scope:
     schema: pa.Schema
     num_classes: int
     num_buckets: int
+    meaning: Meaning | None = None  # of adopted data sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +147,14 @@ class ShardAuditor:
     def _problem(self, place: str, *found_expected: str) -> None:
         self.num_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(Problem(self._shard.path + place, *found_expected))
+            default = ["what was adopted"] if self._scope.meaning and len(found_expected) == 1 else []
+            self.problems.append(Problem(self._shard.path + place, *found_expected, *default))
 
     def run(self) -> None:
         """Checks the file's parts, the rows of each, and the file as a whole; a fault is named once, as narrowly as can be."""
         shard = self._shard
         lengths = {len(shard.row_group_rows), len(shard.row_group_bytes), len(shard.row_group_xxh3)}
+        lengths |= {len(shard.row_group_starts)} if self._scope.meaning else set()
         footer_start = footer_offset(shard)
         if len(lengths) > 1 or sum(shard.row_group_rows) != shard.num_rows or footer_start >= shard.num_bytes:
             self._problem("", "its row groups do not add up in the manifest", "the rows and bytes of the shard")
@@ -180,7 +183,7 @@ class ShardAuditor:
             self._problem(", footer", f"it cannot be read ({one_line(error)})")
             return None
         schema = footer.schema.to_arrow_schema()
-        if not schema.equals(self._scope.schema):
+        if not self._scope.meaning and not schema.equals(self._scope.schema):
             self._problem(", footer", f"the columns are {describe(schema)}", describe(self._scope.schema))
             return None
         found = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
@@ -191,22 +194,19 @@ class ShardAuditor:
 
     def _read_through(self, footer: pq.FileMetaData | None) -> str:
         """Reads the file from end to end, one row group in memory at a time; returns its sha256."""
-        sha256 = hashlib.sha256()
         with storage.open_read(self._url) as stream:
-            magic = stream.read(len(MAGIC))
-            sha256.update(magic)
+            reader = HashingReader(stream)
+            magic = reader.take(len(MAGIC))
             if magic != MAGIC:
                 self._problem(", first bytes", f"{magic!r}", f"{MAGIC!r}")
-            offset, first_row = len(MAGIC), 0
-            for index, num_bytes in enumerate(self._shard.row_group_bytes):
-                data = stream.read(num_bytes)
-                sha256.update(data)
-                self._check_group(index, first_row, data, offset, footer)
-                offset += num_bytes
+            check = self._check_adopted if self._scope.meaning else self._check_group
+            first_row = 0
+            for index, offset in enumerate(row_group_offsets(self._shard)):
+                reader.skip_to(offset)
+                check(index, first_row, reader.take(self._shard.row_group_bytes[index]), offset, footer)
                 first_row += self._shard.row_group_rows[index]
-            while data := stream.read(PIECE_BYTES):
-                sha256.update(data)
-        return sha256.hexdigest()
+            reader.skip_to(self._shard.num_bytes)
+        return reader.sha256.hexdigest()
 
     def _check_group(
         self, index: int, first_row: int, data: bytes, offset: int, footer: pq.FileMetaData | None
@@ -232,6 +232,38 @@ class ShardAuditor:
                 self._count(table, first_row, place)
         if not is_intact and self.num_problems == before:
             self._problem(place, "it differs from its checksum")
+
+    def _check_adopted(
+        self, index: int, first_row: int, data: bytes, offset: int, footer: pq.FileMetaData | None
+    ) -> None:
+        """Checks a row group that others have written, and its rows; nothing of a damaged one is parsed."""
+        place, meaning = f", row group {index}", self._scope.meaning
+        if xxhash.xxh3_64_hexdigest(data) != self._shard.row_group_xxh3[index]:
+            self._problem(place, "it differs from its checksum")
+            return
+        if footer is None or meaning is None:
+            return
+        try:
+            window = Window(data, offset, self._shard.num_bytes)
+            table = read_columns(window, footer, index, adopted_columns(meaning.adopted))
+            rows = adopted_rows(place, table, self._shard.path, meaning)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            self._problem(place, f"it cannot be read ({one_line(error)})")
+            return
+        hashes = []
+        for row in range(table.num_rows):
+            image = rows.image(row)
+            hashes.append(hashlib.sha256(image).hexdigest())
+            try:
+                pixels = decode_stored(image, meaning.spec)
+            except ValueError as error:
+                self._problem(f"{place}, row {row}", f"the image cannot be decoded ({error})", "an image")
+                continue
+            if self._task.split == "train":
+                self.pixels += pixel_sums(pixels)
+        keys = [f"{self._shard.path}/{first_row + row}" for row in range(table.num_rows)]
+        columns = {"key": keys, "source_sha256": hashes, "label": rows.labels}
+        self._count(pa.table(columns), first_row, place)
 
     def _check_checksums(self, table: pa.Table, images: list[memoryview], place: str) -> None:
         checksums = table["image_xxh3"].to_numpy().view(np.uint64)

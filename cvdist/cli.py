@@ -1,6 +1,6 @@
 """The command line: the only place that prints and exits.
 
-cvdist train | evaluate | inspect | show | models
+cvdist train | evaluate | adopt | inspect | show | models
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cvdist import __version__, errors
 from cvdist.arguments import parse
-from cvdist.config import MAX_SEED, Resolved, TrainConfig, require_range, require_split, resolve
+from cvdist.config import MAX_SEED, AdoptConfig, Resolved, TrainConfig, require_range, require_split, resolve
 from cvdist.errors import CvdistError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ USAGE = """usage: cvdist VERB ... (cvdist VERB --help lists the settings of a ve
 
   cvdist train --data URL --model NAME --epochs E --global_batch B --run URL   train; the same as python -m cvdist.train
   cvdist evaluate RUN_URL [--split test] [--json]                              exact top-1, top-5 and loss of a run
+  cvdist adopt DATA_URL --image COLUMN --label COLUMN                          train on Parquet or Petastorm files as they are
   cvdist inspect DATA_URL [--grid OUT.png] [--verify]                          what a data set holds, looks like; whether it is whole
   cvdist show CONFIG.yaml [--size N]                                           what a configuration means on N ranks
   cvdist models                                                                names for --model
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": run_train,
         "evaluate": run_evaluate,
+        "adopt": run_adopt,
         "inspect": run_inspect,
         "show": run_show,
         "models": run_models,
@@ -146,6 +148,20 @@ def run_evaluate(argv: list[str]) -> None:
     Reporter(world).say(json.dumps(result) if arguments.json else evaluation_line(result))
 
 
+def run_adopt(argv: list[str]) -> None:
+    """`cvdist adopt DATA_URL --image COLUMN --label COLUMN`."""
+    config = parse(AdoptConfig, argv, prog="cvdist adopt", positional=("url",))
+    from cvdist import adopt, card, foreign, storage
+
+    config = dataclasses.replace(config, url=storage.check_url(config.url, "url").rstrip("/"))
+    files = foreign.find_files(config)
+    with contextlib.closing(ReadProgress(sum(file.num_rows for file in files), "read")) as progress:
+        manifest = adopt.adopt(config, files, progress=progress.add)
+    show_data_set(config.url, manifest)
+    say("\n".join(f"  {line}" for line in aligned(card.class_table(manifest, MAX_CLASSES_SHOWN))))
+    say(f"  adopted: {config.url}/{manifest.name}")
+
+
 @dataclasses.dataclass(frozen=True)
 class InspectArguments:
     """Prints what a data set holds, without Spark and without TensorFlow.
@@ -202,9 +218,9 @@ def run_inspect(argv: list[str]) -> None:
 class ReadProgress:
     """How far a re-reading is, on stderr: a line that is overwritten in a terminal, elsewhere a line every 10 s."""
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, verb: str = "re-read") -> None:
         """Starts the clock."""
-        self._total, self._done = num_samples, 0
+        self._total, self._done, self._verb = num_samples, 0, verb
         self._started_s = self._last_s = time.monotonic()
         self._moves = sys.stderr.isatty()
 
@@ -217,7 +233,7 @@ class ReadProgress:
         self._last_s = now_s
         per_s = self._done / (now_s - self._started_s)
         left_s = (self._total - self._done) / per_s
-        line = f"re-read {self._done:,} of {self._total:,} samples  {per_s:,.0f}/s  {left_s:,.0f} s to go"
+        line = f"{self._verb} {self._done:,} of {self._total:,} samples  {per_s:,.0f}/s  {left_s:,.0f} s to go"
         if self._moves:
             sys.stderr.write(f"\r{line}\033[K")
             sys.stderr.flush()
@@ -345,6 +361,17 @@ class Reporter:
             self._bar.stop()
             self._bar = None
 
+    def ledger(self, line: dict[str, Any]) -> None:
+        """Shows what an epoch has read; it has been checked."""
+        extra = "".join(f", {line[name]:,} {name}" for name in ("padded", "dropped", "retries") if line[name])
+        lookups = line["cache_hits"] + line["cache_misses"]
+        cached = f", {line['cache_hits'] / lookups:.0%} of row groups from the local cache" if lookups else ""
+        since = f" from step {line['first_step']} on" if line["first_step"] else ""
+        self.say(
+            f"epoch {line['epoch']}{since}: {line['samples']:,} samples read once each{extra}; {line['bytes_read'] / 1e6:,.1f} MB"
+            f"{cached}; data wait {line['wait_share']:.0%}"
+        )
+
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
         """Shows an evaluation."""
         self.say(f"step {step}: {evaluation_line(result)}")
@@ -384,16 +411,23 @@ def resolved_block(config: TrainConfig, plan: Resolved) -> str:
 def show_data_set(url: str, manifest: Manifest) -> None:
     """Prints what a data set holds."""
     spec = manifest.image
-    say(
-        f"{url}: {manifest.num_rows:,} samples, {len(manifest.classes)} classes, {spec.codec}, {spec.resize} side {spec.image_size} px"
-    )
+    stored = f"{spec.codec}, {spec.resize} side {spec.image_size} px"
+    if manifest.adopted:
+        stored = ", ".join(f"{count:,} {name}" for name, count in manifest.adopted.formats.items())
+        stored += f" as {'RGB' if spec.channels == 3 else 'grey'}, trained on at {spec.image_size} px"
+    say(f"{url}: {manifest.num_rows:,} samples, {len(manifest.classes)} classes, {stored}")
     for name, split in manifest.splits.items():
         shard_bytes = sum(shard.num_bytes for shard in split.shards)
         say(f"  {name:<6} {split.num_rows:>10,} samples in {len(split.shards)} shards, {shard_bytes / 1e6:,.1f} MB")
-    say(
-        f"  {manifest.num_inputs:,} inputs = {manifest.num_rows:,} samples + {manifest.num_quarantined:,} quarantined"
-        f" + {manifest.num_skipped:,} skipped (no images by name, or left out)"
-    )
+    if manifest.adopted:
+        say(
+            f"  images in {manifest.adopted.image!r}, labels in {manifest.adopted.label!r}, as others have written them"
+        )
+    else:
+        say(
+            f"  {manifest.num_inputs:,} inputs = {manifest.num_rows:,} samples + {manifest.num_quarantined:,} quarantined"
+            f" + {manifest.num_skipped:,} skipped (no images by name, or left out)"
+        )
     for target in manifest.targets:
         say(f"  target {target.name}: {target.kind}{f' of {len(target.classes)} classes' if target.classes else ''}")
     for table in manifest.quarantine:

@@ -71,6 +71,28 @@ def init() -> World:
         ConfigError: The launcher's variables make no sense, or there are several ranks and Horovod is not installed.
         SyncError: The ranks did not find each other.
     """
+    world = launched()
+    if world.size == 1:
+        return world
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(GLOO_TIMEOUT_S))
+    hvd = _horovod(world)
+    _meet(world)
+    with _collective(f"rank {world.rank} of {world.size} could not join the others"):
+        hvd.init()
+    joined = World(rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size())
+    if joined != world:
+        raise SyncError(
+            f"Horovod says {joined}; expected {world} as the launcher set it; start all ranks with one horovodrun"
+        )
+    return world
+
+
+def launched() -> World:
+    """Returns which rank `horovodrun` started this process as; joins nobody.
+
+    Raises:
+        ConfigError: The launcher's variables make no sense.
+    """
     size = _launched("HOROVOD_SIZE", 1)
     foreign = os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))
     if "HOROVOD_SIZE" not in os.environ and foreign != "1":
@@ -87,18 +109,6 @@ def init() -> World:
     if not (0 <= world.rank < size and 0 <= world.local_rank < world.local_size <= size):
         raise ConfigError(
             f"the launcher's variables say {world}; expected ranks below their sizes; start it with horovodrun -np N"
-        )
-    if size == 1:
-        return world
-    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(GLOO_TIMEOUT_S))
-    hvd = _horovod(world)
-    _meet(world)
-    with _collective(f"rank {world.rank} of {size} could not join the others"):
-        hvd.init()
-    joined = World(rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size())
-    if joined != world:
-        raise SyncError(
-            f"Horovod says {joined}; expected {world} as the launcher set it; start all ranks with one horovodrun"
         )
     return world
 

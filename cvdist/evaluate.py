@@ -17,6 +17,8 @@ from cvdist.loader import Loader
 from cvdist.models import create_model, logits_of
 from cvdist.shards import Manifest, read_manifest
 
+EVALUATION_LANES = 64  # nothing is shuffled: more would only be in memory at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
@@ -56,7 +58,9 @@ class Evaluator:
             world=self.world,
             global_batch=self.global_batch,
             image_size=self.image_size,
-            config=dataclasses.replace(self.loader, remainder="pad"),
+            config=dataclasses.replace(
+                self.loader, remainder="pad", num_lanes=EVALUATION_LANES, sampling="all", trace_path=None
+            ),
         )
         sums = metrics.Sums.zeros(len(self.manifest.classes))
         for batch in loader.batches():

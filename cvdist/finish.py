@@ -17,18 +17,18 @@ import pyarrow.parquet as pq
 from cvdist import ledger, storage
 from cvdist.buckets import Buckets, groups_of, sha256_hashes
 from cvdist.card import CARD_NAME, card
+from cvdist.common_metadata import petastorm_metadata
 from cvdist.errors import DataError, NotFoundError
+from cvdist.hashing import HashingStream
 from cvdist.ledger import HELD, LEDGER, ShardResult
 from cvdist.listing import new_digest
 from cvdist.outline import settings
 from cvdist.shards import (
     MANIFEST_NAME,
-    HashingStream,
     Manifest,
     Split,
     Table,
     manifest_bytes,
-    petastorm_metadata,
     read_manifest,
     write_manifest,
 )

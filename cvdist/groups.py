@@ -15,7 +15,10 @@ class GroupCache:
     """Row groups in memory: fetched by threads before their use, kept while a step needs them, and after that while there is room."""
 
     def __init__(self, reader: ShardReader, budget_bytes: int) -> None:
-        """Holds what the fetched steps need; when that is less than `budget_bytes`, what earlier steps needed fills up the rest."""
+        """Holds what the fetched steps need; when that is less than `budget_bytes`, what earlier steps needed fills up the rest.
+
+        Lanes that take turns come back to a row group after some steps, so the budget has to have room for what all lanes have open.
+        """
         self._reader, self._budget_bytes = reader, budget_bytes
         self._futures: collections.OrderedDict[int, Future[RowGroup]] = collections.OrderedDict()
         self._uses: collections.Counter[int] = collections.Counter()

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import re
 import struct
+import zipfile
 from tokenize import TokenError
 from typing import Any
 
@@ -199,6 +200,19 @@ def read_frame(data: bytes) -> tuple[Frame | None, int]:
     return None, num_parts
 
 
+def jpeg_head(image: bytes | memoryview) -> bytes | None:
+    """Returns what stands before the first scan of a JPEG; None for other files, and where segments do not follow one on the other."""
+    place = 2
+    while bytes(image[:2]) == b"\xff\xd8" and place + 4 <= len(image) and image[place] == 0xFF:
+        marker = image[place + 1]
+        if marker == SOS:
+            return bytes(image[:place])
+        if marker == 0xFF or marker in STANDALONE_MARKERS:
+            return None
+        place += 2 + (image[place + 2] << 8 | image[place + 3])
+    return None
+
+
 def count_chunks(data: bytes) -> int:
     """Counts the chunks of a PNG but those that hold pixels. Source: PNG 1.2, section 3.2."""
     place, num_parts = 8, 0
@@ -266,3 +280,32 @@ def read_orientation(image: Image.Image) -> int:
     except (OSError, ValueError, SyntaxError, struct.error):
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def may_be_turned(data: bytes, header: Header) -> bool:
+    """Says whether a PNG or WebP may hold an orientation, which Pillow finds only when it decodes the image.
+
+    Source: PNG 1.2 with the chunk eXIf, and the texts that Pillow reads; the WebP container specification, the flags of VP8X.
+    """
+    if header.format == "PNG":
+        return any(name in data for name in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
+    return header.format == "WEBP" and data[12:16] == b"VP8X" and bool(data[20] & 0x0C)
+
+
+def unzipped(data: bytes) -> bytes:
+    """Returns the one array in a .npz file, as Petastorm's CompressedNdarrayCodec writes it; other bytes as they are.
+
+    Raises:
+        ValueError: It holds more than one array, or one outside of the limits.
+    """
+    if not data.startswith(b"PK\x03\x04"):
+        return data
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        if len(members) != 1 or not members[0].filename.endswith(".npy") or members[0].file_size > MAX_BYTES:
+            raise ValueError(f"a .npz file of {len(members)} members; expected one array of at most {MAX_BYTES} bytes")
+        with archive.open(members[0]) as member:
+            array = member.read(MAX_BYTES + 1)
+    if len(array) != members[0].file_size:
+        raise ValueError(f"the array in the .npz file has not the {members[0].file_size} bytes that it says")
+    return array

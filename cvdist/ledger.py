@@ -98,7 +98,9 @@ def read_result(url: str) -> ShardResult | None:
 
 def read_ledger(url: str) -> pa.Table:
     """Returns the fate of each input, as `LEDGER`."""
-    return pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=LEDGER)
+    # No threads, no reading ahead: a thread of pyarrow that still holds bytes of Python's when Python ends aborts the process.
+    file = pq.ParquetFile(io.BytesIO(storage.read_bytes(url)), pre_buffer=False)
+    return file.read(use_threads=False).cast(LEDGER)
 
 
 def held_rows(target_url: str, manifest: Manifest) -> Iterator[pa.Table]:
@@ -118,7 +120,6 @@ def held_rows(target_url: str, manifest: Manifest) -> Iterator[pa.Table]:
 def read_columns(url: str, *columns: str) -> Iterator[pa.Table]:
     """Yields some columns of a Parquet file, a row group or less at a time."""
     with storage.open_read(url, readahead_bytes=0) as stream:
-        for batch in pq.ParquetFile(pa.PythonFile(stream, mode="r")).iter_batches(
-            columns=list(columns), use_threads=False
-        ):
+        file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), pre_buffer=False)
+        for batch in file.iter_batches(columns=list(columns), use_threads=False):
             yield pa.Table.from_batches([batch])

@@ -25,8 +25,11 @@ import numpy as np
 from cvdist import storage
 from cvdist.audit import PixelSums, Problem, Scope, ShardAudit, Task, audit_shard
 from cvdist.errors import DataError, NotFoundError
+from cvdist.foreign import SUFFIX
+from cvdist.reader import meaning_of
 from cvdist.repeats import BUCKET_ROWS, KINDS, Repeats, Sighting, deal, find_repeats
-from cvdist.shards import MANIFEST_NAME, Manifest, Shard, manifest_bytes
+from cvdist.shards import Manifest, Shard, manifest_bytes
+from cvdist.sources.columns import listed
 
 AUDIT_NAME = "audit.json"
 AUDIT_VERSION = 1
@@ -62,7 +65,8 @@ def plan(data_url: str, manifest: Manifest) -> tuple[Scope, list[Task]]:
     splits = enumerate(manifest.splits.items())
     shards = [(name, index, shard) for index, (name, split) in splits for shard in split.shards]
     num_buckets = max(1, -(-manifest.num_rows // BUCKET_ROWS))
-    scope = Scope(data_url, manifest.image, manifest.schema, len(manifest.classes), num_buckets)
+    schema, num_classes = manifest.schema, len(manifest.classes)
+    scope = Scope(data_url, manifest.image, schema, num_classes, num_buckets, meaning_of(manifest))
     return scope, [Task(number, *rest) for number, rest in enumerate(shards)]
 
 
@@ -174,18 +178,18 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
     """Looks for statements of the manifest that contradict each other."""
     counted = manifest.num_rows + manifest.num_quarantined + manifest.num_skipped
     if counted != manifest.num_inputs:
-        yield Problem(MANIFEST_NAME, f"rows + quarantined + skipped are {counted}", f"{manifest.num_inputs} inputs")
+        yield Problem(manifest.name, f"rows + quarantined + skipped are {counted}", f"{manifest.num_inputs} inputs")
     paths = collections.Counter(shard.path for split in manifest.splits.values() for shard in split.shards)
     for path, times in paths.items():
         if times > 1:
-            yield Problem(MANIFEST_NAME, f"{path} is named {times} times", "each shard once")
+            yield Problem(manifest.name, f"{path} is named {times} times", "each shard once")
     for name, split in manifest.splits.items():
         if sum(split.class_rows) != split.num_rows or len(split.class_rows) != len(manifest.classes):
             found = f"the classes of {name} have {sum(split.class_rows)} samples, {len(split.class_rows)} classes"
-            yield Problem(MANIFEST_NAME, found, f"{split.num_rows} samples, {len(manifest.classes)} classes")
+            yield Problem(manifest.name, found, f"{split.num_rows} samples, {len(manifest.classes)} classes")
         for shard in split.shards:
-            if posixpath.dirname(shard.path) != name:
-                yield Problem(MANIFEST_NAME, f"{shard.path} is a shard of {name}", f"shards in the folder {name}")
+            if not manifest.adopted and posixpath.dirname(shard.path) != name:
+                yield Problem(manifest.name, f"{shard.path} is a shard of {name}", f"shards in the folder {name}")
 
 
 def table_problems(data_url: str, manifest: Manifest) -> Iterator[Problem]:
@@ -193,7 +197,7 @@ def table_problems(data_url: str, manifest: Manifest) -> Iterator[Problem]:
     listed = sum(table.num_rows for table in manifest.quarantine)
     if listed != manifest.num_quarantined:
         yield Problem(
-            MANIFEST_NAME, f"{manifest.num_quarantined} inputs are quarantined", f"{listed}, as in the tables it names"
+            manifest.name, f"{manifest.num_quarantined} inputs are quarantined", f"{listed}, as in the tables it names"
         )
     for table in (*manifest.quarantine, *manifest.repeats):
         try:
@@ -235,8 +239,12 @@ def row_name(shard: Shard, row: int) -> str:
 
 
 def unread_files(data_url: str, manifest: Manifest) -> Iterator[str]:
-    """Yields what lies in the folders of splits beside the shards and Petastorm's metadata."""
+    """Yields what lies in the folders of splits beside the shards and Petastorm's metadata; beside adopted files: others of their kind."""
     known = {shard.path for split in manifest.splits.values() for shard in split.shards}
+    if manifest.adopted:
+        found, _ = listed(data_url, (SUFFIX,))
+        yield from sorted({storage.relative(file.url, data_url) for file in found} - known)
+        return
     for name in manifest.splits:
         try:
             entries = storage.list_dir(storage.join(data_url, name))
@@ -291,9 +299,12 @@ def audit_bytes(audit: Audit) -> bytes:
     return json.dumps(body, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def write_audit(data_url: str, audit: Audit) -> None:
-    """Writes audit.json beside the manifest; an older one gives way."""
-    storage.write_bytes(storage.join(data_url, AUDIT_NAME), audit_bytes(audit), overwrite=True)
+def write_audit(data_url: str, audit: Audit) -> str:
+    """Writes audit.json beside the manifest, and returns its URL; an older one gives way."""
+    hidden = "_" if audit.manifest.adopted else ""  # from other readers of the folder
+    url = storage.join(data_url, hidden + AUDIT_NAME)
+    storage.write_bytes(url, audit_bytes(audit), overwrite=True)
+    return url
 
 
 def report_lines(audit: Audit) -> list[str]:
@@ -324,9 +335,8 @@ def report_lines(audit: Audit) -> list[str]:
             lines.append(f"    ... and {found.num_photos - len(found.examples):,} more")
     if audit.unread_files:
         count = len(audit.unread_files)
-        lines.append(
-            f"  unread files   {count:,} in the folders of splits that cvdist never reads, though Petastorm may:"
-        )
+        what = "in the folders of splits that cvdist never reads, though Petastorm may"
+        lines.append(f"  unread files   {count:,} {'that came after the adoption' if manifest.adopted else what}:")
         lines += [f"    {path}" for path in audit.unread_files[:MAX_FILES]]
     for problem in audit.problems:
         lines.append(f"  PROBLEM        {problem.where}: {problem.found}; expected {problem.expected}")
@@ -349,9 +359,9 @@ def require_proven(data_url: str, audit: Audit, *, strict: bool) -> None:
         DataError: It is not.
     """
     if audit.num_problems:
-        first = audit.problems[0]
+        first, verb = audit.problems[0], "adopt" if audit.manifest.adopted else "prepare"
         raise DataError(
-            f"{data_url}/{first.where}: {first.found}; expected {first.expected}; restore it or prepare again"
+            f"{data_url}/{first.where}: {first.found}; expected {first.expected}; restore it or {verb} again"
             f" (problem 1 of {audit.num_problems})"
         )
     leaks, conflicts = audit.repeats["leaks"], audit.repeats["conflicts"]

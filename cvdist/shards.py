@@ -1,19 +1,18 @@
 """The format: Parquet shards of stored images and the manifest that makes them a data set.
 
 A data set is the folder of a `manifest.json` that verifies; every shard is named in it with rows, bytes and sha256. The folder of
-each split is a Petastorm data set as well.
+each split is a Petastorm data set as well. A data set that others have written, and that was adopted (adopt.py), has its manifest
+under a name that other readers of the folder pass over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
-import pickle
-import posixpath
-import sys
 from collections.abc import Sequence
 from typing import Any, BinaryIO, Literal
 
@@ -24,11 +23,13 @@ import xxhash
 
 from cvdist import storage
 from cvdist.errors import DataError, NotFoundError
+from cvdist.hashing import HashingStream
 from cvdist.images import ImageSpec
 
 FORMAT = "cvdist"
 VERSION = 2
 MANIFEST_NAME = "manifest.json"
+ADOPTED_NAME = "_manifest.json"  # Spark, Hive, pyarrow and Petastorm pass over names that begin so
 MAGIC = b"PAR1"  # how a Parquet file begins; row groups follow
 MIN_GROUP_ROWS = 16
 MAX_GROUP_ROWS = 4096
@@ -101,6 +102,8 @@ class Shard:
         row_group_bytes: Bytes of each row group.
         row_group_xxh3: xxHash3-64 of those bytes, in hex.
         footer_xxh3: xxHash3-64 of all that follows the last row group.
+        row_group_starts: Of adopted files: where the bytes of each row group that are read begin.
+        footer_start: Of adopted files: where the footer begins.
     """
 
     path: str
@@ -111,6 +114,27 @@ class Shard:
     row_group_bytes: tuple[int, ...]
     row_group_xxh3: tuple[str, ...]
     footer_xxh3: str
+    row_group_starts: tuple[int, ...] = ()
+    footer_start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """How files are read that others have written.
+
+    Attributes:
+        image: The column of the images; `image.bytes` is a field of a struct.
+        label: The column of the labels; with `is_partition`, the name in the folders NAME=VALUE of the files.
+        is_partition: The label is the folder's.
+        is_by_name: A label is the class of this name; otherwise a number, and an index into the classes.
+        formats: How many images there are of each format, for people.
+    """
+
+    image: str
+    label: str
+    is_partition: bool
+    is_by_name: bool
+    formats: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +178,7 @@ class Manifest:
         repeats: Tables of files that are in the data set more than once.
         repeat_files: How many such files are duplicates within a class of a split, leaks between splits, conflicts between classes.
         generations: Digest of each preparation that added to the data set, oldest first.
+        adopted: How it is read, if cvdist has not written it.
     """
 
     classes: tuple[str, ...]
@@ -170,6 +195,12 @@ class Manifest:
     repeats: tuple[Table, ...] = ()
     repeat_files: dict[str, int] = dataclasses.field(default_factory=dict)
     generations: tuple[str, ...] = ()
+    adopted: Adopted | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return MANIFEST_NAME if self.adopted is None else ADOPTED_NAME
 
     @property
     def schema(self) -> pa.Schema:
@@ -182,9 +213,17 @@ class Manifest:
         return sum(split.num_rows for split in self.splits.values())
 
 
+# Said only where there is something to say.
+ADOPTED_KEYS = ("adopted", "row_group_starts", "footer_start", "shape")
+
+
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Returns the JSON of a manifest, its own sha256 included."""
-    body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
+
+    def said(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if value or key not in ADOPTED_KEYS}
+
+    body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest, dict_factory=said)}
     return json.dumps({**body, "sha256": body_sha256(body)}, indent=1).encode()
 
 
@@ -195,7 +234,7 @@ def body_sha256(body: dict[str, Any]) -> str:
 
 def write_manifest(url: str, manifest: Manifest, *, overwrite: bool = False) -> None:
     """Makes the folder `url` a data set. To be called last, when every shard is in place."""
-    storage.write_bytes(storage.join(url, MANIFEST_NAME), manifest_bytes(manifest), overwrite=overwrite)
+    storage.write_bytes(storage.join(url, manifest.name), manifest_bytes(manifest), overwrite=overwrite)
 
 
 def read_manifest(url: str) -> Manifest:
@@ -205,14 +244,7 @@ def read_manifest(url: str) -> Manifest:
         DataError: There is no manifest, or it is damaged or of another format.
         StorageError: The file system did not answer.
     """
-    manifest_url = storage.join(url, MANIFEST_NAME)
-    try:
-        data = storage.read_bytes(manifest_url)
-    except NotFoundError:
-        raise DataError(
-            f"{manifest_url} does not exist; expected a prepared data set;"
-            f" correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}"
-        ) from None
+    manifest_url, data = find_manifest(url)
     try:
         body = json.loads(data)
         found, version = body.pop("sha256"), body.pop("version")
@@ -229,6 +261,17 @@ def read_manifest(url: str) -> Manifest:
         ) from None
 
 
+def find_manifest(url: str) -> tuple[str, bytes]:
+    """Returns the URL and the bytes of the manifest of a data set that was prepared, or else of one that was adopted."""
+    for name in (MANIFEST_NAME, ADOPTED_NAME):
+        with contextlib.suppress(NotFoundError):
+            return storage.join(url, name), storage.read_bytes(storage.join(url, name))
+    raise DataError(
+        f"{storage.join(url, MANIFEST_NAME)} does not exist; expected a prepared data set;"
+        f" correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}; for Parquet files of others run cvdist adopt {url}"
+    )
+
+
 def parse_manifest(body: dict[str, Any]) -> Manifest:
     """Builds a Manifest of its verified JSON."""
     splits = {}
@@ -238,14 +281,16 @@ def parse_manifest(body: dict[str, Any]) -> Manifest:
             for shard in split["shards"]
         ]
         splits[name] = Split(tuple(Shard(**shard) for shard in shards), tuple(split["class_rows"]))
+    image, adopted = body.pop("image"), body.pop("adopted", None)
     return Manifest(
         classes=tuple(body.pop("classes")),
-        image=ImageSpec(**body.pop("image")),
+        image=ImageSpec(**{**image, "shape": tuple(image.get("shape", ()))}),
         splits=splits,
         targets=tuple(Target(t["name"], t["kind"], tuple(t["classes"])) for t in body.pop("targets")),
         quarantine=tuple(Table(**table) for table in body.pop("quarantine")),
         repeats=tuple(Table(**table) for table in body.pop("repeats")),
         generations=tuple(body.pop("generations")),
+        adopted=Adopted(**adopted) if adopted else None,
         **body,
     )
 
@@ -329,74 +374,14 @@ class ShardWriter:
         )
 
 
-class HashingStream(io.RawIOBase):
-    """Passes writes on while hashing and counting them, as a whole and since the last cut."""
-
-    def __init__(self, stream: BinaryIO | io.RawIOBase) -> None:
-        """Wraps a writable binary stream."""
-        self._stream = stream
-        self.sha256 = hashlib.sha256()
-        self.num_bytes = 0
-        self._cut_bytes = 0
-        self._xxh3 = xxhash.xxh3_64()
-
-    def writable(self) -> bool:
-        """True: this is for writing only."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Writes all of `data`."""
-        self._stream.write(data)
-        self.sha256.update(data)
-        self._xxh3.update(data)
-        self.num_bytes += len(data)
-        return len(data)
-
-    def cut(self) -> tuple[int, str]:
-        """Returns how many bytes were written since the last cut, and their xxHash3-64 in hex."""
-        piece = self.num_bytes - self._cut_bytes, self._xxh3.hexdigest()
-        self._cut_bytes, self._xxh3 = self.num_bytes, xxhash.xxh3_64()
-        return piece
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.num_bytes
-
-
 def row_group_offsets(shard: Shard) -> list[int]:
-    """Returns where each row group of a shard begins: behind the magic, one after the other."""
-    return [len(MAGIC) + before for before in itertools.accumulate(shard.row_group_bytes, initial=0)][:-1]
+    """Returns where each row group of a shard begins: behind the magic, one after the other, unless the manifest says it."""
+    return (
+        list(shard.row_group_starts)
+        or [len(MAGIC) + before for before in itertools.accumulate(shard.row_group_bytes, initial=0)][:-1]
+    )
 
 
 def footer_offset(shard: Shard) -> int:
-    """Returns where the footer of a shard begins: behind the last row group."""
-    return len(MAGIC) + sum(shard.row_group_bytes)
-
-
-def petastorm_metadata(shards: Sequence[Shard], codec: str, schema: pa.Schema = SCHEMA) -> bytes | None:
-    """Returns the bytes of Petastorm's `_common_metadata` for the folder of a split, or None where Petastorm is not installed.
-
-    Source: Petastorm 0.13, etl/dataset_metadata.py: a pickled Unischema and the row groups per file, in the file's metadata.
-    """
-    try:
-        from petastorm.codecs import CompressedImageCodec, NdarrayCodec
-        from petastorm.unischema import Unischema, UnischemaField
-    except ImportError:
-        return None
-    image_codec = CompressedImageCodec("jpeg") if codec == "jpeg" else NdarrayCodec()
-    image = UnischemaField("image", np.uint8, (None, None, None), image_codec, False)
-    kinds = {pa.string(): np.str_, pa.int32(): np.int32, pa.int64(): np.int64, pa.float32(): np.float32}
-    scalars = [field for field in schema if field.name != "image"]
-    # Interned, because a pickle shows which strings are one object: the same bytes in every process.
-    names = [sys.intern(field.name) for field in scalars]
-    fields = [image, *(UnischemaField(name, kinds[schema.field(name).type], (), None, False) for name in names)]
-    groups = {posixpath.basename(shard.path): len(shard.row_group_rows) for shard in shards}
-    described = schema.with_metadata(
-        {
-            b"dataset-toolkit.unischema.v1": pickle.dumps(Unischema("CvdistSchema", fields), protocol=2),
-            b"dataset-toolkit.num_row_groups_per_file.v1": json.dumps(groups).encode(),
-        }
-    )
-    buffer = io.BytesIO()
-    pq.write_metadata(described, buffer)
-    return buffer.getvalue()
+    """Returns where the footer of a shard begins: behind the last row group, unless the manifest says it."""
+    return shard.footer_start or len(MAGIC) + sum(shard.row_group_bytes)

@@ -191,7 +191,8 @@ def read_ahead(
 def read_group(url: str, index: int) -> pa.Table:
     """Returns a row group of a table in storage."""
     with storage.open_read(url) as stream:
-        return pq.ParquetFile(pa.PythonFile(stream, mode="r")).read_row_group(index, use_threads=False)
+        file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), pre_buffer=False)
+        return file.read_row_group(index, use_threads=False)
 
 
 def require_current(job: Job) -> None:
@@ -377,5 +378,6 @@ def read_parts(job_url: str, num_parts: int) -> Iterator[pa.Table]:
     """Yields the listing of all hashed or packed parts."""
     for part in range(num_parts):
         with storage.open_read(part_url(job_url, part)) as stream:
-            for batch in pq.ParquetFile(pa.PythonFile(stream, mode="r")).iter_batches(use_threads=False):
+            file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), pre_buffer=False)
+            for batch in file.iter_batches(use_threads=False):
                 yield pa.Table.from_batches([batch])

@@ -11,18 +11,16 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cvdist import storage
-from cvdist.config import CONFIG_NAME, Resolved, TrainConfig, canonical_split, dump, resolve
+from cvdist.config import CONFIG_NAME, TrainConfig, canonical_split, dump, resolve
 from cvdist.errors import CheckpointError, ConfigError, CvdistError, NonFiniteError
 
 if TYPE_CHECKING:
     from cvdist.checkpoint import Checkpoint
     from cvdist.cli import Reporter
     from cvdist.comm import World
-    from cvdist.loader import Batch, Loader
     from cvdist.shards import Manifest
 
 # TensorFlow and what needs it are imported inside of functions: --help answers in 0.2 s.
@@ -121,7 +119,8 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
 
     # 3. The loop. `step` counts finished steps since the start of the run.
     step = done_steps
-    with contextlib.closing(steps_of(loader, plan, done_steps, last_step)) as batches:
+    start = divmod(done_steps, plan.steps_per_epoch)
+    with contextlib.closing(loader.batches(*start, num_epochs=config.epochs - start[0])) as batches:
         while step < last_step:
             with meter.waiting():
                 batch = next(batches)
@@ -159,6 +158,11 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
                 require_finite(loss, step, lr)
                 history.add(step=step, epoch=epoch, loss=loss, lr=lr)
                 report.step(step, last_step, loss, meter)
+            if epoch_ends:
+                ledger = loader.ledger.with_sums(comm.allreduce_sum(loader.ledger.sums(), world))
+                line = ledger.check(loader.plan(epoch), f"{config.data}, split {config.train_split!r}")
+                history.add(step=step, epoch=epoch, ledger=line)
+                report.ledger(line)
             if saves or every(config.check_sync_every_steps, step) or step == done_steps + 1:
                 comm.check_in_sync([*model.trainable_variables, *optimizer.variables], world, step)
             if saves or evaluates:  # moving statistics are each rank's own until someone reads them
@@ -191,14 +195,6 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     return result
 
 
-def steps_of(loader: Loader, plan: Resolved, step: int, last_step: int) -> Generator[Batch, None, None]:
-    """Yields the batches of all epochs, from `step` (counted since the start of the run) on."""
-    while step < last_step:
-        epoch, epoch_step = divmod(step, plan.steps_per_epoch)
-        yield from loader.batches(epoch, epoch_step)
-        step = (epoch + 1) * plan.steps_per_epoch
-
-
 def every(interval: int, count: int) -> bool:
     """Tells whether `count` is a multiple of `interval`; 0 is never."""
     return interval > 0 and count % interval == 0
@@ -220,6 +216,9 @@ def order_settings(config: TrainConfig) -> dict[str, Any]:
         "global_batch": config.global_batch,
         "seed": config.seed,
         "loader.num_lanes": config.loader.num_lanes,
+        "loader.shuffle_bytes": config.loader.shuffle_bytes,
+        "loader.sampling": config.loader.sampling,
+        "loader.member": config.loader.member,
         "loader.remainder": config.loader.remainder,
     }
 
@@ -273,10 +272,11 @@ def check_order(start: Checkpoint, config: TrainConfig, manifest: Manifest) -> N
             " correct --data, or use another --run URL"
         )
     for name, value in order_settings(config).items():
-        if start.state.extra[name] != value:
+        found = start.state.extra.get(name)
+        if found != value:
             raise CheckpointError(
-                f"{start.url} was trained with {name} {start.state.extra[name]!r}; expected {value!r} as this run asks for;"
-                f" use --{name} {start.state.extra[name]}, or another --run URL"
+                f"{start.url} was trained with {name} {found!r}; expected {value!r} as this run asks for;"
+                f" use --{name} {found}, or another --run URL"
             )
 
 

@@ -45,8 +45,7 @@ def run(argv: list[str]) -> None:
     audit = proof.conclude(url, manifest, results)
     cli.show_data_set(url, manifest)
     cli.show_audit(audit)
-    proof.write_audit(url, audit)
-    cli.say(f"  written to {storage.join(url, proof.AUDIT_NAME)}")
+    cli.say(f"  written to {proof.write_audit(url, audit)}")
     proof.require_proven(url, audit, strict=arguments.strict)
 
 

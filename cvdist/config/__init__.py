@@ -3,6 +3,7 @@
 Configurations speak of epochs and the global batch; code speaks of steps and the per-rank batch. `resolve` converts once.
 """
 
+from cvdist.config.adopt import AdoptConfig
 from cvdist.config.common import CONFIG_NAME, MAX_SEED, MIB, canonical_split, dump, from_dict, require_range
 from cvdist.config.prepare import PrepareConfig
 from cvdist.config.train import (
@@ -21,6 +22,7 @@ __all__ = [
     "CONFIG_NAME",
     "MAX_SEED",
     "MIB",
+    "AdoptConfig",
     "AugmentConfig",
     "CheckpointConfig",
     "EvaluateConfig",

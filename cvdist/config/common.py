@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, TypeVar, get_type_hints
 
 from cvdist.errors import ConfigError
 
 T = TypeVar("T")
 MIB = 1 << 20
+GIB = 1024 * MIB
 CONFIG_NAME = "config.json"  # of a run
 MAX_SEED = (1 << 32) - 1
 
@@ -24,6 +26,22 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(
             f"{name}: {value} is out of range; expected {low} to {high}; change it to a value in that range"
         )
+
+
+def split_shares(text: str) -> dict[str, float]:
+    """Returns the shares of name=share pairs by canonical split name.
+
+    Raises:
+        ConfigError: The text is not name=share pairs, or the shares do not sum to 1.
+    """
+    pairs = re.findall(r"(?:^|,)(train|val|validation|test)=(\d+(?:\.\d*)?|\.\d+)(?=,|$)", text)
+    shares = {canonical_split(name): float(share) for name, share in pairs}
+    if len(shares) != text.count(",") + 1 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise ConfigError(
+            f"split: {text!r} is not a list of shares; expected name=share pairs of train, val, test that sum to 1;"
+            " use for example train=0.8,val=0.1,test=0.1"
+        )
+    return {name: share for name, share in shares.items() if share > 0}
 
 
 def dump(config: Any) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Literal
 
-from cvdist.config.common import MAX_SEED, MIB, canonical_split, require_range
+from cvdist.config.common import MAX_SEED, MIB, require_range, split_shares
 from cvdist.errors import ConfigError
 
 
@@ -136,11 +135,4 @@ class PrepareConfig:
         Raises:
             ConfigError: The text is not name=share pairs, or the shares do not sum to 1.
         """
-        pairs = re.findall(r"(?:^|,)(train|val|validation|test)=(\d+(?:\.\d*)?|\.\d+)(?=,|$)", self.split)
-        shares = {canonical_split(name): float(share) for name, share in pairs}
-        if len(shares) != self.split.count(",") + 1 or abs(sum(shares.values()) - 1) > 1e-6:
-            raise ConfigError(
-                f"split: {self.split!r} is not a list of shares; expected name=share pairs of train, val, test that sum to 1;"
-                " use for example train=0.8,val=0.1,test=0.1"
-            )
-        return {name: share for name, share in shares.items() if share > 0}
+        return split_shares(self.split)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from cvdist.config.common import MAX_SEED, MIB, canonical_split, require_range
+from cvdist.config.common import GIB, MAX_SEED, MIB, canonical_split, require_range
 from cvdist.errors import ConfigError
 
 MYPY = False  # not typing.TYPE_CHECKING: jsonargparse runs such a block, and --help would wait for NumPy, pyarrow and OpenCV
@@ -23,14 +23,28 @@ class LoaderConfig:
         prefetch_batches: Decoded batches held ready.
         readahead_bytes: Compressed bytes of row groups held ahead of decoding.
         num_lanes: Upper limit of the strands that the global order is woven from; the order does not depend on ranks.
+        shuffle_bytes: Most memory, on all ranks together, for the row groups that the lanes are in; fewer lanes where that is too
+            little. By default 128 MiB, and 512 MiB for adopted data sets, whose rows may be sorted.
         remainder: pad gives the last batch of an epoch weightless samples; drop leaves its samples out, and says so.
+        sampling: all is each sample once in an epoch. balanced is each class equally often; weighted is by the weights of the data set;
+            bootstrap is as many as there are, drawn with replacement once for the run. An epoch has as many samples as the split.
+        member: Which member of an ensemble this is, for bootstrap: each has samples of its own. Source: Breiman 1996.
+        cache_path: Local folder that keeps what was read from HDFS, for all ranks of the node; none by default.
+        cache_bytes: Most bytes kept there.
+        trace_path: Local folder that receives, from each rank, which samples each of its batches held.
     """
 
     threads: int | None = None
     prefetch_batches: int = 4
-    readahead_bytes: int = 64 * MIB
-    num_lanes: int = 64
+    readahead_bytes: int = 32 * MIB
+    num_lanes: int = 256
+    shuffle_bytes: int | None = None
     remainder: Literal["pad", "drop"] = "pad"
+    sampling: Literal["all", "balanced", "weighted", "bootstrap"] = "all"
+    member: int = 0
+    cache_path: str | None = None
+    cache_bytes: int = 100 * GIB
+    trace_path: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses values that no loader can work with."""
@@ -38,6 +52,9 @@ class LoaderConfig:
         require_range("loader.prefetch_batches", self.prefetch_batches, 1, 1024)
         require_range("loader.readahead_bytes", self.readahead_bytes, 0, 1 << 40)
         require_range("loader.num_lanes", self.num_lanes, 1, 1 << 16)
+        require_range("loader.shuffle_bytes", self.shuffle_bytes or 0, 0, 1 << 40)
+        require_range("loader.member", self.member, 0, 1 << 20)
+        require_range("loader.cache_bytes", self.cache_bytes, MIB, 1 << 50)
 
 
 @dataclasses.dataclass(frozen=True)

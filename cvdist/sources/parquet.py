@@ -288,8 +288,8 @@ def records(container: Container) -> Iterator[tuple[bytes | None, dict[str, Any]
     others = [name for name in columns.names if name != columns.image]
     with storage.open_read(container.url) as stream:
         try:
-            # With a buffer, so that a long column is not read as a whole.
-            file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=1 << 20)
+            # With a buffer and without reading ahead (the default of newer pyarrow), so that a long column is not read as a whole.
+            file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=1 << 20, pre_buffer=False)
             for group in range(file.num_row_groups):
                 wanted = [f"{columns.image}.bytes" if is_struct else columns.image, *others]
                 for batch in file.iter_batches(PACKED_ROWS, row_groups=[group], columns=wanted, use_threads=False):

@@ -297,7 +297,7 @@ def parquet_records(url: str, names: list[str]) -> Iterator[tuple[str, Record]]:
     with storage.open_read(url) as stream:
         number = 0
         try:
-            file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=1 << 20)
+            file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=1 << 20, pre_buffer=False)
             for batch in file.iter_batches(8192, columns=names, use_threads=False):
                 for record in batch.to_pylist():
                     number += 1

@@ -58,7 +58,9 @@ def test_a_fault_of_ours_shows_its_traceback(capsys: pytest.CaptureFixture[str])
 
 def test_unknown_verb_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == ConfigError.exit_code
-    assert "'trian' is no verb; expected one of train, evaluate, inspect, show, models" in capsys.readouterr().err
+    assert (
+        "'trian' is no verb; expected one of train, evaluate, adopt, inspect, show, models" in capsys.readouterr().err
+    )
 
 
 def test_models_lists_the_networks_without_tensorflow() -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from cvdist.common_metadata import petastorm_metadata
 from cvdist.errors import DataError
 from cvdist.images import ImageSpec
 from cvdist.shards import (
@@ -29,7 +30,6 @@ from cvdist.shards import (
     ShardWriter,
     Split,
     manifest_bytes,
-    petastorm_metadata,
     read_manifest,
     row_group_offsets,
     write_manifest,
@@ -180,7 +180,7 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/set"
     assert str(caught.value) == (
         f"{url}/manifest.json does not exist; expected a prepared data set;"
-        f" correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}"
+        f" correct the URL, or run spark-submit jobs/prepare.py SOURCE {url}; for Parquet files of others run cvdist adopt {url}"
     )
 
 
