@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cvdist.shards import read_manifest
 from tests.made_data import class_tree, data_set
 
 RunRanks = Callable[..., Any]
@@ -49,8 +50,21 @@ def losses(run: Path) -> list[float]:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, but for those that hold times."""
+    return [line for line in lines(run) if "ledger" not in line]
+
+
+def ledgers(run: Path) -> list[dict[str, Any]]:
+    """Returns the ledger of each epoch."""
+    return [line["ledger"] for line in lines(run) if "ledger" in line]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = {"wait_s": 0, "total_s": 0, "wait_share": 0, "bytes_read": 0}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +104,13 @@ def test_a_run_killed_in_an_epoch_goes_on_with_bit_identical_losses(
     assert "goes on after" in outcome.output
     assert history(run) == history(undisturbed)
     assert len(losses(run)) == 24
+    whole = ledgers(undisturbed)
+    assert [line["epoch"] for line in whole] == list(range(len(whole)))
+    assert {(line["first_step"], line["samples"]) for line in whole} == {
+        (0, read_manifest(data).splits["train"].num_rows)
+    }
+    assert ledgers(run)[-1] | TIMES == whole[-1] | TIMES
+    assert [line["epoch"] for line in ledgers(run)] == [line["epoch"] for line in whole]
 
 
 def wait_for(path: Path, launch: Any, timeout_s: float = 120) -> None:

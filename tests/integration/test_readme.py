@@ -27,6 +27,12 @@ SMALLER = {
     "--master spark://master:7077": "--master local[2,4]",
 }
 
+MODEL = """
+import keras
+model = keras.Sequential([keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2, activation="softmax")])
+model.compile("sgd", "sparse_categorical_crossentropy")
+"""
+
 
 def commands() -> list[str]:
     """Returns the bash blocks of the README."""
@@ -73,6 +79,14 @@ def test_the_three_steps_of_the_readme_run(place: str, hdfs: Any, tmp_path: Path
     result = json.loads(re.search(r"\{.*\}", done.stdout).group())  # type: ignore[union-attr]
     assert set(result) == {"split", "samples", "top1", "top5", "loss"}
     assert result["samples"] == 4
+    if place == "one machine":
+        (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        program = (
+            MODEL
+            + block.replace("file:///", f"file://{tmp_path}/")
+            + "assert len(model.history.history['loss']) == 3\n"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.timeout(300)
