@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64
 MIB = 1 << 20
-SHUFFLE_BYTES, ADOPTED_SHUFFLE_BYTES = 128 * MIB, 512 * MIB
+SHUFFLE_BYTES, ADOPTED_SHUFFLE_BYTES, THREAD_READAHEAD_BYTES = 80 * MIB, 512 * MIB, 8 * MIB
 
 log = logging.getLogger("cvdist.loader")
 
@@ -155,13 +155,15 @@ class Loader:
         self._augmentation = augmentation or AugmentConfig()
         self._reader = ShardReader(data_url, manifest, split, cache=local_cache(data_url, self._config))
         self._sampling = Sampling(data_url, manifest, split, self._config, seed or 0)
+        cores = len(os.sched_getaffinity(0))
+        self._threads = self._config.threads or max(1, cores // world.local_size)
+        readahead_bytes = self._config.readahead_bytes
+        self._readahead_bytes = self._threads * THREAD_READAHEAD_BYTES if readahead_bytes is None else readahead_bytes
         self._num_lanes = lanes_of(manifest, split, self._config)
         # What the lanes of this rank have open stays in memory, whatever is read ahead.
         mean_bytes = self._reader.total_bytes // max(1, self._reader.num_groups)
         open_bytes = self._num_lanes * mean_bytes // world.size
-        self._group_bytes = int(1.1 * open_bytes) + self._config.readahead_bytes
-        cores = len(os.sched_getaffinity(0))
-        self._threads = self._config.threads or max(1, cores // world.local_size)
+        self._group_bytes = int(1.1 * open_bytes) + self._readahead_bytes
         self._num_in_work = max(self._config.prefetch_batches, self._threads)
         shape = (self.per_rank_batch, self.image_size, self.image_size, manifest.image.channels)
         self._ring = Ring(shape, self._num_in_work + 2)
@@ -206,11 +208,7 @@ class Loader:
                     task, num_bytes = planned.popleft()
                     ahead_bytes -= num_bytes
                     pending.append((task, decoders.submit(self._make, task, cache.groups(task.step))))
-                while (
-                    len(planned) < num_ahead
-                    and ahead_bytes < self._config.readahead_bytes
-                    and (task := next(tasks, None))
-                ):
+                while len(planned) < num_ahead and ahead_bytes < self._readahead_bytes and (task := next(tasks, None)):
                     planned.append((task, cache.fetch(task.step)))
                     ahead_bytes += planned[-1][1]
                 if not pending:

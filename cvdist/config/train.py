@@ -21,10 +21,10 @@ class LoaderConfig:
     Attributes:
         threads: Decoding threads of each rank; by default the cores of the node over its ranks.
         prefetch_batches: Decoded batches held ready.
-        readahead_bytes: Compressed bytes of row groups held ahead of decoding.
+        readahead_bytes: Compressed bytes of row groups held ahead of decoding; by default 8 MiB for each thread.
         num_lanes: Upper limit of the strands that the global order is woven from; the order does not depend on ranks.
         shuffle_bytes: Most memory, on all ranks together, for the row groups that the lanes are in; fewer lanes where that is too
-            little. By default 128 MiB, and 512 MiB for adopted data sets, whose rows may be sorted.
+            little. By default 80 MiB, and 512 MiB for adopted data sets, whose rows may be sorted.
         remainder: pad gives the last batch of an epoch weightless samples; drop leaves its samples out, and says so.
         sampling: all is each sample once in an epoch. balanced is each class equally often; weighted is by the weights of the data set;
             bootstrap is as many as there are, drawn with replacement once for the run. An epoch has as many samples as the split.
@@ -36,7 +36,7 @@ class LoaderConfig:
 
     threads: int | None = None
     prefetch_batches: int = 4
-    readahead_bytes: int = 32 * MIB
+    readahead_bytes: int | None = None
     num_lanes: int = 256
     shuffle_bytes: int | None = None
     remainder: Literal["pad", "drop"] = "pad"
@@ -50,7 +50,7 @@ class LoaderConfig:
         """Refuses values that no loader can work with."""
         require_range("loader.threads", 1 if self.threads is None else self.threads, 1, 1024)
         require_range("loader.prefetch_batches", self.prefetch_batches, 1, 1024)
-        require_range("loader.readahead_bytes", self.readahead_bytes, 0, 1 << 40)
+        require_range("loader.readahead_bytes", self.readahead_bytes or 0, 0, 1 << 40)
         require_range("loader.num_lanes", self.num_lanes, 1, 1 << 16)
         require_range("loader.shuffle_bytes", self.shuffle_bytes or 0, 0, 1 << 40)
         require_range("loader.member", self.member, 0, 1 << 20)
