@@ -24,7 +24,7 @@ class LoaderConfig:
         readahead_bytes: Compressed bytes of row groups held ahead of decoding; by default 8 MiB for each thread.
         num_lanes: Upper limit of the strands that the global order is woven from; the order does not depend on ranks.
         shuffle_bytes: Most memory, on all ranks together, for the row groups that the lanes are in; fewer lanes where that is too
-            little. By default 80 MiB, and 512 MiB for adopted data sets, whose rows may be sorted.
+            little. By default 64 MiB, and 512 MiB for adopted data sets, whose rows may be sorted.
         remainder: pad gives the last batch of an epoch weightless samples; drop leaves its samples out, and says so.
         sampling: all is each sample once in an epoch. balanced is each class equally often; weighted is by the weights of the data set;
             bootstrap is as many as there are, drawn with replacement once for the run. An epoch has as many samples as the split.
