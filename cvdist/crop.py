@@ -52,7 +52,8 @@ def tiles() -> Any:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = pathlib.Path(__file__).with_name(f"_tiles{suffix}")
         if path.exists():
-            function = ctypes.CDLL(str(path)).crop
+            # PyDLL keeps the interpreter's lock: to give it up and win it back takes as long as these ten microseconds.
+            function = ctypes.PyDLL(str(path)).crop
             function.restype = ctypes.c_int64
             function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_void_p)
             return function

@@ -16,7 +16,7 @@ from cvdist.models.layers import Dropout
 INITIALIZER = "he_normal"
 
 
-def alexnet(images: keras.KerasTensor) -> keras.KerasTensor:
+def alexnet(images: keras.KerasTensor, dropout: float = 0.5) -> keras.KerasTensor:
     """Five convolutions and two dense layers: 58,692,452 parameters at 227x227x3 with 100 classes."""
 
     def conv(x: keras.KerasTensor, number: int, filters: int, size: int, strides: int = 1) -> keras.KerasTensor:
@@ -40,5 +40,5 @@ def alexnet(images: keras.KerasTensor) -> keras.KerasTensor:
     # Source: Krizhevsky 2012, section 4.2: half of the first two dense layers is dropped.
     for number in (1, 2):
         x = layers.Dense(4096, activation="relu", kernel_initializer=INITIALIZER, name=f"fc{number}")(x)
-        x = Dropout(0.5, name=f"dropout{number}")(x)
+        x = Dropout(dropout, name=f"dropout{number}")(x)
     return x
