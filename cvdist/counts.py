@@ -85,7 +85,7 @@ class Sampling:
         url = storage.join(self._url, shard.path)
         try:
             with storage.open_read(url, readahead_bytes=0) as file:
-                table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
+                table = pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
         except (pa.ArrowException, ValueError) as error:
             raise DataError(
                 f"{url} cannot be read ({error}); expected the shard that the manifest names; restore it or prepare again"

@@ -110,8 +110,8 @@ def evaluate_run(
         image_size = config.image_size or manifest.image.image_size
         shape = (image_size, image_size, manifest.image.channels)
         model = create_model(
-            config.model, input_shape=shape, num_classes=len(manifest.classes), precision=config.precision
-        )
+            config.model, input_shape=shape, num_classes=len(manifest.classes), precision=config.precision, dropout=config.dropout
+        )  # fmt: skip
         if saved is not None:
             checkpoint.restore(saved, model, model_name=config.model)
     except CvdistError as error:

@@ -53,8 +53,9 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
         plan = resolve(config, manifest, world.size)
         shape = (plan.image_size, plan.image_size, plan.channels)
         model = models.create_model(
-            config.model, input_shape=shape, num_classes=plan.num_classes, seed=config.seed, precision=config.precision
-        )
+            config.model, input_shape=shape, num_classes=plan.num_classes, seed=config.seed, precision=config.precision,
+            dropout=config.dropout,
+        )  # fmt: skip
         optimizer = comm.DistributedOptimizer(optim.make_optimizer(config.optim, plan.lr), world)
         optimizer.build(model.trainable_variables)
         done_steps = open_run(config, manifest, model, optimizer, report) if world.rank == 0 else 0
@@ -68,6 +69,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
 
     # 2. One step. The mean is over the samples of the whole global batch that count, so padding changes nothing.
     logits_model = models.logits_of(model)
+    heads, head_weights = models.training_heads(model)
     seeds = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
     moving = model.non_trainable_weights  # batch statistics; weights are variables without seeds
     loss_of = (
@@ -79,8 +81,10 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     @tf.function(jit_compile=False)
     def train_step(images: Any, labels: Any, weights: Any, params: Any, divisor: Any) -> Any:
         with tf.GradientTape() as tape:
-            logits = logits_model(augment.apply(images, params), training=True)
-            losses = loss_of(labels[:, None], logits) * weights
+            outputs = heads(augment.apply(images, params), training=True)
+            losses = (
+                sum(weight * loss_of(labels[:, None], outputs[name]) for name, weight in head_weights.items()) * weights
+            )
             loss = tf.reduce_sum(losses) / divisor
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return tf.reduce_sum(losses)

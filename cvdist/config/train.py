@@ -187,6 +187,7 @@ class TrainConfig:
         image_size: Height and width of the model's input, pixels; by default the data set's.
         seed: Of the weights, the order and the augmentation.
         precision: float32, or bfloat16 computation with float32 weights.
+        dropout: Share of inputs that the dense layers of the network's head do without, where it has such a setting; by default its own.
         resume: Go on from the newest good checkpoint of the run.
         train_split: Which split is trained on.
         max_steps: End the run after so many steps; 0 is no limit.
@@ -207,6 +208,7 @@ class TrainConfig:
     image_size: int | None = None
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    dropout: float | None = None
     resume: bool = False
     train_split: str = "train"
     max_steps: int = 0
@@ -224,6 +226,7 @@ class TrainConfig:
         require_range("global_batch", self.global_batch, 1, 1 << 24)
         require_range("image_size", 224 if self.image_size is None else self.image_size, 8, 8192)
         require_range("seed", self.seed, 0, MAX_SEED)
+        require_range("dropout", self.dropout or 0.0, 0.0, 0.95)
         require_range("max_steps", self.max_steps, 0, 1 << 62)
         require_range("log_every_steps", self.log_every_steps, 1, 1 << 30)
         require_range("check_sync_every_steps", self.check_sync_every_steps, 0, 1 << 30)

@@ -67,6 +67,7 @@ OUT_OF_RANGE = {
     "loader.readahead_bytes": ["-1"],
     "loader.num_lanes": ["0"],
     "loader.shuffle_bytes": ["-1", "2199023255552"],
+    "dropout": ["-0.1", "1"],
     "loader.member": ["-1", "2000000"],
     "loader.cache_bytes": ["0", "2251799813685248"],
     "augment.crop_scale_min": ["0", "1.5"],
