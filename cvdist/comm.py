@@ -1,8 +1,7 @@
-"""The only door to Horovod: the world of ranks, gradient averages under Keras 3, and the proof that ranks are in sync.
+"""The only door to Horovod: the world of ranks, what they send each other, and the proof that they are in sync.
 
-Horovod 0.28.1's own DistributedOptimizer trains under Keras 3 without ever averaging; this module is the glue that
-cvdist owns. In a world of size 1 every function here is free, and Horovod is never imported. What ranks tell each other
-travels as bytes and is never unpickled.
+In a world of size 1 every function here is free, and Horovod is never imported. What ranks tell each other travels as
+bytes and is never unpickled.
 """
 
 from __future__ import annotations
@@ -10,31 +9,23 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import http.client
 import json
-import math
 import os
-import re
-import time
-import types
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from cvdist import errors
+from cvdist import errors, rendezvous
+from cvdist import variables as variables_of
 from cvdist.errors import ConfigError, CvdistError, SyncError
-
-T = TypeVar("T")
+from cvdist.variables import fingerprint
+from cvdist.variables import stable_path as stable_path
 
 # Seconds that a rank's Gloo waits for a peer that has stopped answering. Measured: with 10 a frozen rank ends the others
 # after 12, and the job after 22 (horovodrun gives the frozen one 10 s to end).
 GLOO_TIMEOUT_S = 20
-# Seconds that ranks wait for each other to start: nodes import TensorFlow at very different speeds when disks are cold.
-START_S = 300.0
-BROADCAST_BYTES = 64 << 20
 # What ranks tell each other first, and the largest array that is summed with it.
 ROW_BYTES, SMALL_BYTES = 1016, 768
 MESSAGE_BYTES = 4096
@@ -75,8 +66,9 @@ def init() -> World:
     if world.size == 1:
         return world
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(GLOO_TIMEOUT_S))
-    hvd = _horovod(world)
-    _meet(world)
+    hvd = horovod(world)
+    if not hvd.is_initialized():
+        rendezvous.meet(world)
     with _collective(f"rank {world.rank} of {world.size} could not join the others"):
         hvd.init()
     joined = World(rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size())
@@ -134,21 +126,6 @@ def configure_devices(world: World) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
-def DistributedOptimizer(optimizer: T, world: World) -> T:  # noqa: N802 - the name that Horovod's users look for
-    """Makes a Keras 3 optimizer average the gradients over all ranks before it does anything with them.
-
-    The optimizer itself is changed and returned: its class, settings, exclusions and variables stay as they are, so a
-    saved model knows nothing of ranks, and loads where neither cvdist nor Horovod is installed. Clipping, weight decay
-    and loss scaling come after the average. For float16 give it the LossScaleOptimizer, not the one inside. Compile models
-    with jit_compile=False.
-
-    Build the optimizer, then `broadcast` all variables, before the first step.
-    """
-    if world.size > 1:
-        optimizer.apply = types.MethodType(_apply_averaged, optimizer)  # type: ignore[attr-defined]
-    return optimizer
-
-
 def broadcast(variables: Sequence[Any], world: World, root: int = 0) -> None:
     """Gives all ranks the root's values, bit for bit, whatever the data types.
 
@@ -162,7 +139,7 @@ def broadcast(variables: Sequence[Any], world: World, root: int = 0) -> None:
     """
     if world.size == 1:
         return
-    layout = [_identity(variable) for variable in variables]
+    layout = [variables_of.identity(variable) for variable in variables]
     layouts = _exchange(f"broadcast from rank {root}", "\n".join(layout).encode(), world)
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[root]:
@@ -173,9 +150,13 @@ def broadcast(variables: Sequence[Any], world: World, root: int = 0) -> None:
                 f"rank {rank} has other variables than rank {root}: {found} instead of {wanted}; expected the same model"
                 " and optimizer on all ranks, both built; give all ranks one configuration and one version of the code"
             )
-    for bucket in _buckets(variables):
-        sizes = [_num_bytes(variable) for variable in bucket]
-        mine = [_bytes_of(variable) for variable in bucket] if world.rank == root else [np.zeros(sum(sizes), np.uint8)]
+    for bucket in variables_of.buckets(variables):
+        sizes = [variables_of.num_bytes(variable) for variable in bucket]
+        mine = (
+            [variables_of.bits(variable) for variable in bucket]
+            if world.rank == root
+            else [np.zeros(sum(sizes), np.uint8)]
+        )
         data = _broadcast_bytes(np.concatenate(mine), world, root)
         if world.rank == root:
             continue
@@ -203,7 +184,7 @@ def allreduce_sum(values: npt.ArrayLike, world: World) -> np.ndarray[Any, Any]:
     if small:
         stacked = np.stack([np.frombuffer(part, array.dtype) for part in parts])
         return np.asarray(stacked.sum(axis=0)).reshape(array.shape)
-    hvd = _horovod(world)
+    hvd = horovod(world)
     with _collective("a sum over all ranks failed"), _on_cpu():
         total = hvd.allreduce(array.reshape(-1), op=hvd.Sum, name="cvdist.sum")
     return np.asarray(total.numpy()).reshape(array.shape)
@@ -217,7 +198,7 @@ def average(variables: Sequence[Any], world: World) -> None:
     """
     if world.size == 1 or not variables:
         return
-    values = [_value(variable) for variable in variables]
+    values = [variables_of.value(variable) for variable in variables]
     total = (
         allreduce_sum(np.concatenate([value.astype(np.float64).reshape(-1) for value in values]), world) / world.size
     )
@@ -235,13 +216,17 @@ def gather_bytes(data: bytes, world: World) -> list[bytes]:
     return _exchange("gather", data, world)
 
 
-def barrier(world: World) -> None:
+def barrier(world: World, what: str = "barrier") -> None:
     """Waits until every rank is here.
 
+    Args:
+        world: The ranks.
+        what: Where this is, for the message to ranks that are elsewhere.
+
     Raises:
-        SyncError: A rank has ended.
+        SyncError: A rank has ended, or is somewhere else.
     """
-    _exchange("barrier", b"", world)
+    _exchange(what, b"", world)
 
 
 def all_ranks_ok(world: World, error: Exception | None) -> None:
@@ -270,23 +255,6 @@ def all_ranks_ok(world: World, error: Exception | None) -> None:
         raise raise_as(f"rank {failed[0]}{others} failed: {text}")
 
 
-def stable_path(variable: Any) -> str:
-    """Returns the path of a Keras variable without the numbers that Keras gives layers by a counter of the process.
-
-    `dense_7/kernel` here may be `dense/kernel` in a process that has made fewer models.
-    """
-    return re.sub(r"_[0-9]+(?=[/_]|$)", "", variable.path)
-
-
-def fingerprint(variables: Sequence[Any]) -> bytes:
-    """Returns 16 bytes that change when any name, shape, data type or bit of the variables does (XXH3-128)."""
-    digest = xxhash.xxh3_128()
-    for variable in variables:
-        digest.update(_identity(variable).encode())
-        digest.update(_bytes_of(variable).data)
-    return digest.digest()
-
-
 def check_in_sync(variables: Sequence[Any], world: World, step: int) -> None:
     """Compares the variables of all ranks, bit for bit.
 
@@ -310,53 +278,17 @@ def check_in_sync(variables: Sequence[Any], world: World, step: int) -> None:
     single = gather_bytes(b"".join(fingerprint([variable]) for variable in variables), world)
     theirs, expected = single[differing[0]], single[usual]
     places = (variable.path for i, variable in enumerate(variables) if theirs[16 * i :][:16] != expected[16 * i :][:16])
+    fix = (
+        "broadcast all variables before the first step, in Keras's fit by cvdist.keras.BroadcastCallback"
+        if step == 0
+        else "resume from the last checkpoint, and if it comes back look for code that depends on the rank, or for a failing"
+        " machine"
+    )
     ranks = f"rank {differing[0]} differs" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))} differ"
     raise SyncError(
         f"step {step}: {ranks} from rank {usual}, first in {next(places, 'their number')}; expected bit-identical weights on"
-        f" all {world.size} ranks; resume from the last checkpoint, and if it comes back look for code that depends on the"
-        " rank, or for a failing machine"
+        f" all {world.size} ranks; {fix}"
     )
-
-
-def _meet(world: World) -> None:
-    """Waits until all ranks have started, through the launcher's store of keys.
-
-    Gloo would wait for its own timeout only, and then abort the process without a word.
-    """
-    address, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}", "") for part in ("ADDR", "PORT"))
-    if not (address and port.isdecimal()):
-        raise ConfigError(
-            f"HOROVOD_SIZE is {world.size}, but HOROVOD_GLOO_RENDEZVOUS_ADDR and _PORT say {address!r} and {port!r};"
-            " expected the address of a launcher; start all ranks with horovodrun -np N, or unset HOROVOD_SIZE"
-        )
-    deadline_s = time.monotonic() + START_S
-
-    def ask(method: str, key: str) -> int:
-        with contextlib.closing(http.client.HTTPConnection(address, int(port), timeout=30)) as connection:
-            connection.request(method, f"/cvdist/{key}", body=b"1" if method == "PUT" else None)
-            return connection.getresponse().status
-
-    def await_key(key: str) -> None:
-        while ask("GET", key) != http.HTTPStatus.OK:
-            if time.monotonic() > deadline_s:
-                raise SyncError(
-                    f"rank {key.removeprefix('rank-')} did not start within {START_S:.0f} s, as rank {world.rank} saw it;"
-                    f" expected {world.size} ranks; look at its first lines of output, and at the load of its node"
-                )
-            time.sleep(0.1)
-
-    try:
-        ask("PUT", f"rank-{world.rank}")
-        if world.rank == 0:
-            for rank in range(world.size):
-                await_key(f"rank-{rank}")
-            ask("PUT", "all")
-        await_key("all")
-    except (OSError, http.client.HTTPException) as error:
-        raise SyncError(
-            f"the launcher at {address}:{port} cannot be reached ({error}); expected horovodrun there; start all ranks with"
-            " one horovodrun, and let its port through"
-        ) from error
 
 
 def _launched(name: str, default: int) -> int:
@@ -369,8 +301,8 @@ def _launched(name: str, default: int) -> int:
     return int(text)
 
 
-def _horovod(world: World) -> Any:
-    """Imports Horovod."""
+def horovod(world: World) -> Any:
+    """Imports Horovod, for this module and `tensors.py`."""
     try:
         import horovod.tensorflow as hvd
     except ImportError as error:
@@ -403,35 +335,6 @@ def _collective(what: str) -> Iterator[None]:
         ) from error
 
 
-def _apply_averaged(self: Any, grads: Any, trainable_variables: Any = None) -> None:
-    """Replaces an optimizer's `apply`: averages, then does what its class does."""
-    type(self).apply(self, _average(list(grads)), trainable_variables)
-
-
-def _average(grads: list[Any]) -> list[Any]:
-    """Averages gradients over all ranks in one fused reduction; None stays None."""
-    import horovod.tensorflow as hvd
-    import tensorflow as tf
-
-    if type(tf.compat.v1.get_default_graph()).__name__ == "CondBranchFuncGraph":
-        raise ConfigError(
-            "gradients are averaged inside a condition, where one rank's overflow would leave the others waiting for ever;"
-            " expected the average outside; use DistributedOptimizer(LossScaleOptimizer(optimizer), world)"
-        )
-    # Gradients of rows (IndexedSlices) become dense.
-    averaged: list[Any] = [None if grad is None else tf.convert_to_tensor(grad) for grad in grads]
-    groups = collections.defaultdict(list)
-    for index, grad in enumerate(averaged):
-        if grad is not None:
-            # Horovod knows no bfloat16, and a sum of float16 may overflow.
-            groups[tf.float64 if grad.dtype == tf.float64 else tf.float32].append(index)
-    for dtype, indices in groups.items():
-        means = hvd.grouped_allreduce([tf.cast(averaged[index], dtype) for index in indices], op=hvd.Average)
-        for index, mean in zip(indices, means, strict=True):
-            averaged[index] = tf.cast(mean, averaged[index].dtype)
-    return averaged
-
-
 def _exchange(what: str, data: bytes, world: World) -> list[bytes]:
     """Returns what each rank gave. Every collective but that of gradients begins here, so that ranks out of step are told.
 
@@ -462,48 +365,13 @@ def _exchange(what: str, data: bytes, world: World) -> list[bytes]:
 
 def _gather(data: bytes, world: World, name: str) -> np.ndarray[Any, Any]:
     """Joins the bytes of all ranks, in the order of ranks."""
-    hvd = _horovod(world)
+    hvd = horovod(world)
     with _collective("an exchange between all ranks failed"), _on_cpu():
         return np.asarray(hvd.allgather(np.frombuffer(data, np.uint8), name=name).numpy())
 
 
 def _broadcast_bytes(data: np.ndarray[Any, Any], world: World, root: int) -> np.ndarray[Any, Any]:
     """Returns the root's bytes; all ranks give as many."""
-    hvd = _horovod(world)
+    hvd = horovod(world)
     with _collective(f"the broadcast from rank {root} failed"), _on_cpu():
         return np.asarray(hvd.broadcast(data, root_rank=root, name="cvdist.broadcast").numpy())
-
-
-def _buckets(variables: Sequence[Any]) -> Iterator[list[Any]]:
-    """Groups variables so that few collectives move many, and none moves more than it must hold."""
-    bucket: list[Any] = []
-    num_bytes = 0
-    for variable in variables:
-        size = _num_bytes(variable)
-        if bucket and num_bytes + size > BROADCAST_BYTES:
-            yield bucket
-            bucket, num_bytes = [], 0
-        bucket.append(variable)
-        num_bytes += size
-    if bucket:
-        yield bucket
-
-
-def _value(variable: Any) -> np.ndarray[Any, Any]:
-    """Copies a Keras variable to the host."""
-    return np.asarray(variable.value.numpy())
-
-
-def _bytes_of(variable: Any) -> np.ndarray[Any, Any]:
-    """Returns the bits of a Keras variable, "uint8 (bytes,)"."""
-    return np.ascontiguousarray(_value(variable)).reshape(-1).view(np.uint8)
-
-
-def _num_bytes(variable: Any) -> int:
-    """Returns the size of a Keras variable."""
-    return int(math.prod(variable.shape)) * np.dtype(variable.dtype).itemsize
-
-
-def _identity(variable: Any) -> str:
-    """Names a variable, its data type and shape."""
-    return f"{stable_path(variable)} {variable.dtype} {tuple(variable.shape)}"

@@ -38,7 +38,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
     import keras
     import tensorflow as tf
 
-    from cvdist import augment, checkpoint, comm, metrics, models, optim
+    from cvdist import augment, checkpoint, comm, gradients, metrics, models, optim
     from cvdist.evaluate import Evaluator, summary
     from cvdist.loader import Loader
     from cvdist.shards import read_manifest
@@ -56,7 +56,7 @@ def train(config: TrainConfig, world: World, report: Reporter) -> dict[str, Any]
             config.model, input_shape=shape, num_classes=plan.num_classes, seed=config.seed, precision=config.precision,
             dropout=config.dropout,
         )  # fmt: skip
-        optimizer = comm.DistributedOptimizer(optim.make_optimizer(config.optim, plan.lr), world)
+        optimizer = gradients.DistributedOptimizer(optim.make_optimizer(config.optim, plan.lr), world)
         optimizer.build(model.trainable_variables)
         done_steps = open_run(config, manifest, model, optimizer, report) if world.rank == 0 else 0
     except CvdistError as error:

@@ -41,8 +41,8 @@ def test_without_a_launcher_the_world_is_one() -> None:
 
 def test_world_of_one_never_imports_horovod() -> None:
     program = (
-        "import sys; from cvdist import comm; world = comm.init(); comm.configure_devices(world); import keras, numpy as np;"
-        " optimizer = keras.optimizers.SGD(1.0); assert comm.DistributedOptimizer(optimizer, world) is optimizer;"
+        "import sys; from cvdist import comm, gradients; world = comm.init(); comm.configure_devices(world); import keras, numpy as np;"
+        " optimizer = keras.optimizers.SGD(1.0); assert gradients.DistributedOptimizer(optimizer, world) is optimizer;"
         " assert 'apply' not in vars(optimizer); variable = keras.Variable(np.zeros(2)); optimizer.apply([np.ones(2)], [variable]);"
         " comm.broadcast([variable], world); comm.average([variable], world); comm.allreduce_sum([1.0], world);"
         " comm.all_ranks_ok(world, None); comm.check_in_sync([variable], world, 1); comm.barrier(world);"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cvdist import comm
+from cvdist import comm, gradients
 from cvdist.errors import ConfigError
 
 STARTED_S = time.monotonic()
@@ -36,7 +36,7 @@ def average_of_gradients() -> dict[str, Any]:
     """One step of SGD with rate 1 from zero is minus the average."""
     shapes = [(5, 3), (7,), (), (2,), (4, 3)]
     variables = [keras.Variable(np.zeros(shape, np.float32), name=f"v{i}") for i, shape in enumerate(shapes)]
-    optimizer = comm.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
+    optimizer = gradients.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
     optimizer.build(variables)
 
     def step(dense: list[Any], rows: Any) -> None:
@@ -56,7 +56,7 @@ def average_of_gradients() -> dict[str, Any]:
 def clipped_after_average() -> list[float]:
     """Rank r has the gradient (30 r, 40 r); clipped to norm 1 after the average it is (0.6, 0.8)."""
     variable = keras.Variable(np.zeros(2, np.float32))
-    optimizer = comm.DistributedOptimizer(keras.optimizers.SGD(1.0, global_clipnorm=1.0), WORLD)
+    optimizer = gradients.DistributedOptimizer(keras.optimizers.SGD(1.0, global_clipnorm=1.0), WORLD)
     optimizer.apply([tf.constant([30.0, 40.0]) * RANK], [variable])
     return [float(x) for x in variable.numpy()]
 
@@ -65,7 +65,7 @@ def one_type_after_the_other() -> dict[str, Any]:
     """Gradients of several types in one step."""
     names = ["float16", "bfloat16", "float32", "float64"]
     variables = [keras.Variable(np.zeros(3), dtype=name) for name in names]
-    optimizer = comm.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
+    optimizer = gradients.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
     optimizer.apply([tf.cast([1.0, 2.0, 4.0], name) * (RANK + 1) for name in names], variables)
     return {name: variable.numpy().astype(np.float64).tolist() for name, variable in zip(names, variables, strict=True)}
 
@@ -75,7 +75,7 @@ def repeated_averages() -> int:
     draw = np.random.default_rng(RANK)
     grads = [tf.constant(draw.normal(size=(size,)).astype(np.float32)) for size in [1, 1000, 37, 65536, 3, 250_000] * 8]
     variables = [keras.Variable(np.zeros(grad.shape, np.float32)) for grad in grads]
-    optimizer = comm.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
+    optimizer = gradients.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
     optimizer.build(variables)
     step = tf.function(lambda: optimizer.apply(grads, variables), jit_compile=False)
     found = set()
@@ -207,7 +207,7 @@ def overflow() -> dict[str, Any]:
     """float16 with the reduction outside of the loss scaling: one rank overflows, all skip the step."""
     variable = keras.Variable(np.zeros(2, np.float32))
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=8.0)
-    optimizer = comm.DistributedOptimizer(optimizer, WORLD)
+    optimizer = gradients.DistributedOptimizer(optimizer, WORLD)
     optimizer.build([variable])
     step = tf.function(lambda grad: optimizer.apply([grad], [variable]), jit_compile=False)
     step(tf.constant([np.inf if RANK == SIZE - 1 else 8.0, 8.0]))
@@ -219,7 +219,7 @@ def overflow() -> dict[str, Any]:
 def scaled_outside() -> dict[str, Any]:
     """The loss scaling around the reduction is refused."""
     variable = keras.Variable(np.zeros(2, np.float32))
-    optimizer = keras.optimizers.LossScaleOptimizer(comm.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD))
+    optimizer = keras.optimizers.LossScaleOptimizer(gradients.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD))
     optimizer.build([variable])
     step = tf.function(lambda grad: optimizer.apply([grad], [variable]), jit_compile=False)
     return message_of(lambda: step(tf.constant([1.0, 2.0])))
@@ -246,7 +246,7 @@ def out_of_step() -> dict[str, Any]:
 def seconds_for_large() -> dict[str, float]:
     """Seconds for 64 MiB of weights."""
     variables = [keras.Variable(np.full((1 << 20,), RANK, np.float32)) for _ in range(16)]
-    optimizer = comm.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
+    optimizer = gradients.DistributedOptimizer(keras.optimizers.SGD(1.0), WORLD)
     optimizer.build(variables)
     grads = [tf.ones((1 << 20,)) for _ in variables]
     seconds = {}
@@ -278,7 +278,7 @@ results: dict[str, Any] = {
     "types": one_type_after_the_other(),
     "repeated": repeated_averages(),
     "unwrapped": fitted(lambda optimizer: optimizer),
-    "fit": fitted(lambda optimizer: comm.DistributedOptimizer(optimizer, WORLD)),
+    "fit": fitted(lambda optimizer: gradients.DistributedOptimizer(optimizer, WORLD)),
     "broadcast": broadcast_bits(),
     "sums": sums(),
     "averages": averages(),

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from cvdist import comm
+from cvdist import comm, rendezvous
 from cvdist.errors import CvdistError
 
-folder, late_s, comm.START_S = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+folder, late_s, rendezvous.START_S = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 if rank == size - 1:
     time.sleep(late_s)
