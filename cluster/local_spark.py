@@ -198,8 +198,9 @@ class LocalSpark:
         command = [str(spark_home() / "bin" / "spark-class"), main_class, "--host", host, *args]
         if self._die_with_parent:
             command = [sys.executable, "-S", "-c", WITH_PARENT, str(os.getpid()), *command]
-        # An executor that is killed is replaced however often; a port that is taken is an error, not another port.
-        settings = "-Dspark.deploy.maxExecutorRetries=-1 -Dspark.port.maxRetries=0"
+        # An executor that is killed is replaced however often; a port that is taken is an error, not another port; no second door for
+        # jobs, on a fixed port, which Spark 4 opens unasked.
+        settings = "-Dspark.deploy.maxExecutorRetries=-1 -Dspark.port.maxRetries=0 -Dspark.master.rest.enabled=false"
         tmp = f'-Djava.io.tmpdir="{self.directory}/tmp"'
         environment = {
             **self.environment(),
@@ -276,7 +277,7 @@ def spark_home() -> pathlib.Path:
     """
     spec = importlib.util.find_spec("pyspark")
     if spec is None or not spec.submodule_search_locations:
-        raise SetupError("pyspark is not installed; expected version 3.5; install it: pip install pyspark==3.5.9")
+        raise SetupError("pyspark is not installed; expected version 3.5 or 4; install it: pip install pyspark==3.5.9")
     return pathlib.Path(spec.submodule_search_locations[0])
 
 

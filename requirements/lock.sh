@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes requirements/*.txt from requirements/*.in and the extras of setup.cfg (or: make lock). Takes 4 minutes.
+# Writes requirements/*.txt from requirements/*.in and the extras of setup.cfg (or: make lock). Takes 8 minutes.
 # Only the index that pip is told of by default is asked: no local wheels and no second index, whose files could carry the
 # same names and other contents.
 set -euo pipefail
@@ -14,4 +14,6 @@ compile requirements/build.in --output-file requirements/build.txt
 compile requirements/java.in --output-file requirements/java.txt
 compile requirements/full.in setup.cfg --extra spark,petastorm,train,report,dev --constraint requirements/build.txt \
   --output-file requirements/full.txt
-grep -H -c -- '==' requirements/build.txt requirements/java.txt requirements/full.txt
+compile requirements/modern.in setup.cfg --extra spark,train,report,dev --constraint requirements/build.txt \
+  --output-file requirements/modern.txt
+grep -H -c -- '==' requirements/build.txt requirements/java.txt requirements/full.txt requirements/modern.txt

