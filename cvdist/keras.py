@@ -83,7 +83,7 @@ class BroadcastCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Broadcasts.
 
         Raises:
-            ConfigError: The model is compiled by XLA, under which Horovod fails.
+            ConfigError: The model is compiled by XLA, under which Horovod fails, or has no weights yet.
             SyncError: The ranks hold different models, or would take different numbers of steps.
         """
         if self._world.size == 1:
@@ -94,6 +94,11 @@ class BroadcastCallback(keras.callbacks.Callback):  # type: ignore[misc]
             " operations cannot be compiled by XLA; use model.compile(..., jit_compile=False)"
         )
         comm.all_ranks_ok(self._world, error if model.jit_compile else None)
+        error = ConfigError(
+            "the model has no weights yet, because it has not been told the shape of its input; expected some to broadcast; begin it with"
+            " keras.Input((H, W, C)), or call model.build((None, H, W, C)) before fit"
+        )
+        comm.all_ranks_ok(self._world, None if model.built else error)
         steps = [int(text) for text in comm.gather_bytes(str(self.params.get("steps") or 0).encode(), self._world)]
         if len(set(steps)) > 1:
             raise ConfigError(

@@ -18,8 +18,10 @@ from tests.made_data import class_tree
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
+# Not seed 1: at step 11 one of its activations is so close to a kink of the network that 1e-7 of noise on the weights of a single rank
+# changes its losses by 2e-4; with seeds 2 and 3 the same noise changes them by 2e-7.
 TRAIN = (
-    "--model mnist_convnet --epochs 5 --global_batch 24 --max_steps 20 --log_every_steps 1 --seed 1"
+    "--model mnist_convnet --epochs 5 --global_batch 24 --max_steps 20 --log_every_steps 1 --seed 2"
     " --optim.lr 0.02 --optim.momentum 0.0 --augment.flip --augment.crop_scale_min 0.5 --augment.rotation_deg 10"
 )
 

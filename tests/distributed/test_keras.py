@@ -247,3 +247,10 @@ def test_a_program_of_five_lines_trains_on_any_number_of_ranks(run_ranks: RunRan
     assert all(rank == found[0] for rank in found)
     assert all(math.isfinite(loss) for loss in found[0]["history"]["loss"])
     assert found[0]["history"]["loss"][-1] < found[0]["history"]["loss"][0]
+
+
+def test_a_model_without_weights_is_refused_on_all_ranks_with_how_to_build_it(run_ranks: RunRanks, url: str) -> None:
+    outcome = run_ranks(2, "unbuilt.py", url)
+    assert outcome.returncode != 0
+    assert "the model has no weights yet" in outcome.output
+    assert "begin it with keras.Input((H, W, C))" in outcome.output

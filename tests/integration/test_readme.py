@@ -28,9 +28,10 @@ SMALLER = {
 }
 
 MODEL = """
-import keras
-model = keras.Sequential([keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2, activation="softmax")])
-model.compile("sgd", "sparse_categorical_crossentropy")
+def my_model():
+    import keras
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2, activation="softmax")]
+    return keras.Sequential([keras.Input((32, 32, 3)), *layers])
 """
 
 
@@ -86,7 +87,9 @@ def test_the_three_steps_of_the_readme_run(place: str, hdfs: Any, tmp_path: Path
             + block.replace("file:///", f"file://{tmp_path}/")
             + "assert len(model.history.history['loss']) == 3\n"
         )
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+        (tmp_path / "program.py").write_text(program)
+        shell(f"python {tmp_path}/program.py")
+        shell(f"horovodrun -np 2 -H localhost:2 python {tmp_path}/program.py")
 
 
 @pytest.mark.timeout(300)
