@@ -2,83 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from cvdist import cache
 from cvdist.cache import LocalCache
 from cvdist.fetch import Fetcher
+from tests.faults.cache_writer import KIB, MIB, NUM_PARTS, check, part
 from tests.unit.test_fetch import all_parts, made
 
-KIB, MIB = 1 << 10, 1 << 20
-NUM_PARTS = 60
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = 40
-
-
-def part(number: int) -> bytes:
-    """Returns the bytes of a made part, up to 2 MiB."""
-    rng = random.Random(number)
-    return rng.randbytes(rng.randrange(64 * KIB, 2 * MIB))
-
-
-def check(store: LocalCache, number: int, data: bytes) -> bool:
-    """Gets a part, which has to be right or not there; says whether it is there."""
-    found = store.get(str(number), len(data), xxhash.xxh3_64_hexdigest(data))
-    assert found in (None, data)
-    return found is not None
-
-
-def write_for_ever(path: str, limit_bytes: int, seed: int) -> None:
-    """Gets and puts made parts; ends with an error when it gets wrong bytes."""
-    rng, parts = random.Random(seed), [part(number) for number in range(NUM_PARTS)]
-    cache.PAUSE_S = 0.0
-    while True:
-        store = LocalCache(path, limit_bytes)
-        for number in rng.sample(range(NUM_PARTS), 20):
-            if not check(store, number, parts[number]):
-                store.put(str(number), parts[number])
+READY_S = 60
 
 
 class Writer:
     """A process that writes; what it says goes to a file."""
 
     def __init__(self, folder: Path, limit_bytes: int, seed: int, log_path: Path) -> None:
-        """Forks it."""
-        self._log_path = log_path
-        self.pid = os.fork()
-        if self.pid:
-            return
-        try:
-            with log_path.open("w") as log:
-                logging.basicConfig(stream=log, force=True)
-                try:
-                    write_for_ever(str(folder), limit_bytes, seed)
-                except BaseException:
-                    cache.log.exception("ended")
-                    raise
-        finally:
-            os._exit(1)
+        """Starts it, a fresh one, for a fork of a large process may take longer than it is to live; returns when it writes."""
+        self._log_path, ready_path = log_path, log_path.with_suffix(".ready")
+        command = [sys.executable, "-m", "tests.faults.cache_writer", folder, limit_bytes, seed, ready_path]
+        with log_path.open("w") as log:
+            self._process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log)
+        end_s = time.monotonic() + READY_S
+        while not ready_path.exists():
+            assert self._process.poll() is None, log_path.read_text()
+            assert time.monotonic() < end_s, "it does not begin"
+            time.sleep(0.005)
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        self._process.send_signal(number)
+
+    def is_writing(self, folder: Path) -> bool:
+        """Says whether it has a file open that is not finished."""
+        files = Path(f"/proc/{self._process.pid}/fd").iterdir()
+        return any(os.readlink(file).startswith(str(folder / "unfinished")) for file in files)
 
     def end(self) -> None:
         """Kills it; it must not have ended by itself, nor found anything damaged."""
         self.signal(signal.SIGKILL)
-        status = os.waitpid(self.pid, 0)[1]
-        said = self._log_path.read_text() if self._log_path.exists() else ""
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, said
+        status, said = self._process.wait(), self._log_path.read_text()
+        assert status == -signal.SIGKILL, said
         assert "damaged" not in said
 
 
@@ -100,8 +75,7 @@ def start(folder: Path) -> Iterator[Callable[[int, int], Writer]]:
 
     yield begin
     for writer in writers:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended by the test
-            writer.end()
+        writer.end()  # also where the test has ended it
 
 
 def kept_bytes(folder: Path) -> int:
@@ -112,18 +86,22 @@ def kept_bytes(folder: Path) -> int:
 
 
 def kill_one(folder: Path, writers: list[Writer], rng: random.Random) -> bool:
-    """Kills the first writer, in half of the cases while some of them write; says whether it left something unfinished."""
-    tries = rng.choice([1, 50])
-    for _ in range(tries):
+    """Kills a writer, in half of the cases one that is just writing; says whether it left something unfinished."""
+    end_s = time.monotonic() + rng.choice([0, 3])
+    while True:
         for writer in writers:
             writer.signal(signal.SIGSTOP)
         time.sleep(0.001)
-        if len(before := os.listdir(folder / "unfinished")) or tries == 1:
+        victim = next((writer for writer in writers if writer.is_writing(folder)), None)
+        if victim or time.monotonic() > end_s:
             break
         for writer in writers:
             writer.signal(signal.SIGCONT)
         time.sleep(rng.uniform(0, 0.003))
-    writers.pop(0).end()
+    before = os.listdir(folder / "unfinished")
+    victim = victim or writers[0]
+    writers.remove(victim)
+    victim.end()
     LocalCache(str(folder), 1 << 30)
     left = os.listdir(folder / "unfinished")
     for writer in writers:
@@ -134,7 +112,7 @@ def kill_one(folder: Path, writers: list[Writer], rng: random.Random) -> bool:
 def test_after_kills_at_any_moment_it_serves_right_bytes_alone_and_cleans_up(
     folder: Path, start: Callable[[int, int], Writer]
 ) -> None:
-    limit_bytes, rng, met = 30 * MIB, random.Random(0), 0
+    limit_bytes, rng, met = 20 * MIB, random.Random(0), 0
     writers: list[Writer] = []
     for kill in range(KILLS):
         writers.append(start(limit_bytes, kill))
