@@ -164,7 +164,7 @@ class Loader:
         mean_bytes = self._reader.total_bytes // max(1, self._reader.num_groups)
         open_bytes = self._num_lanes * mean_bytes // world.size
         self._group_bytes = int(1.1 * open_bytes) + self._readahead_bytes
-        self._num_in_work = max(self._config.prefetch_batches, self._threads)
+        self._num_in_work = self._config.prefetch_batches + self._threads
         shape = (self.per_rank_batch, self.image_size, self.image_size, manifest.image.channels)
         self._ring = Ring(shape, self._num_in_work + 2)
 

@@ -69,17 +69,17 @@ def probe_cpu(url: str) -> float:
 
 
 def probe_busy(url: str) -> float:
-    """Returns how much of its time a consumer works that takes LOAD_SHARE of our rate, after its first batches."""
+    """Returns how much of its time a consumer works that takes LOAD_SHARE of our rate, after its first batch, over epochs as a stream."""
     from peers.ours import make_loader
 
     loader = make_loader(url)
     for _ in loader.batches(0):
         pass
     started_s, num_batches = time.perf_counter(), 0
-    for _ in loader.batches(1):
+    for _ in loader.batches(1, num_epochs=2):
         num_batches += 1
     step_s = (time.perf_counter() - started_s) / num_batches / LOAD_SHARE
-    batches, busy_s = loader.batches(2), 0.0
+    batches, busy_s = loader.batches(3, num_epochs=4), 0.0
     next(batches)
     started_s = time.perf_counter()
     for _ in batches:
