@@ -22,6 +22,7 @@ import xxhash
 
 from cvdist import storage
 from cvdist.config import AdoptConfig, dump
+from cvdist.config.adopt import SPLIT_NAMES
 from cvdist.errors import DataError
 from cvdist.foreign import PREPARE, File, damaged, read_footer
 from cvdist.hashing import HashingReader
@@ -33,7 +34,6 @@ from cvdist.sources.columns import shown
 THREADS = 4
 MAX_NAMED = 10
 MAX_CLASSES = 100_000
-SPLIT_NAMES = ("train", "val", "test")
 
 Value = int | str
 

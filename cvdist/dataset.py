@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cvdist import comm, storage
+from cvdist.augment import num_params
 from cvdist.comm import World
 from cvdist.config import AugmentConfig, LoaderConfig, require_split
 from cvdist.errors import ConfigError
@@ -64,6 +65,7 @@ def image_dataset_from_shards(
     manifest = read_manifest(url)
     split = require_split("split", split, manifest, url)
     world = world or comm.launched()
+    config = config or LoaderConfig()
     num_classes = len(manifest.classes)
     _check(image_size, batch_size, label_mode, num_classes, augment)
     side = image_size[0] if isinstance(image_size, tuple) else image_size
@@ -74,7 +76,7 @@ def image_dataset_from_shards(
         world=world,
         global_batch=batch_size * world.size,
         image_size=side,
-        config=(config or LoaderConfig()) if shuffle else sequential(config or LoaderConfig()),
+        config=config if shuffle else dataclasses.replace(config, num_lanes=1),  # a single lane is the stored order
         seed=(seed or 0) if shuffle else None,
         augmentation=augment,
     )
@@ -96,8 +98,6 @@ def _check(
     augment: AugmentConfig | None,
 ) -> None:
     """Refuses arguments that no dataset can be made of."""
-    from cvdist.augment import num_params
-
     if isinstance(image_size, tuple) and image_size[0] != image_size[1]:
         raise ConfigError(
             f"image_size: {image_size} is not square; expected equal height and width; resize in the model"
@@ -113,11 +113,6 @@ def _check(
             "augment: rotation, shift, shear, zoom and colours are not made by the loader; expected flip and crop_scale_min alone;"
             " use Keras's layers for the others"
         )
-
-
-def sequential(config: LoaderConfig) -> LoaderConfig:
-    """Returns the settings under which samples come in stored order."""
-    return dataclasses.replace(config, num_lanes=1)
 
 
 def _element(batch: Batch, label_mode: str | None, num_classes: int, *, keeps_padding: bool, is_padded: bool) -> Any:

@@ -27,7 +27,7 @@ from cvdist import augment, urls
 from cvdist.account import Ledger
 from cvdist.cache import LocalCache
 from cvdist.comm import World
-from cvdist.config import AugmentConfig, LoaderConfig
+from cvdist.config import MIB, AugmentConfig, LoaderConfig
 from cvdist.counts import Sampling
 from cvdist.crop import address, decode_crop, resize_into
 from cvdist.errors import DataError
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 ALIGNMENT = 64
-MIB = 1 << 20
 SHUFFLE_BYTES, ADOPTED_SHUFFLE_BYTES, THREAD_READAHEAD_BYTES = 64 * MIB, 512 * MIB, 8 * MIB
 
 log = logging.getLogger("cvdist.loader")

@@ -4,7 +4,16 @@ Configurations speak of epochs and the global batch; code speaks of steps and th
 """
 
 from cvdist.config.adopt import AdoptConfig
-from cvdist.config.common import CONFIG_NAME, MAX_SEED, MIB, canonical_split, dump, from_dict, require_range
+from cvdist.config.common import (
+    CONFIG_NAME,
+    MAX_SEED,
+    MIB,
+    canonical_split,
+    different_names,
+    dump,
+    from_dict,
+    require_range,
+)
 from cvdist.config.prepare import PrepareConfig
 from cvdist.config.train import (
     AugmentConfig,
@@ -32,6 +41,7 @@ __all__ = [
     "Resolved",
     "TrainConfig",
     "canonical_split",
+    "different_names",
     "dump",
     "from_dict",
     "require_range",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from cvdist.config.common import canonical_split, require_range, split_shares
+from cvdist.config.common import canonical_split, different_names, require_range, split_shares
 from cvdist.errors import ConfigError
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -69,13 +69,7 @@ class AdoptConfig:
         """
         if self.classes is None:
             return ()
-        names = tuple(name.strip() for name in self.classes.split(","))
-        if not all(names) or len(set(names)) < len(names):
-            raise ConfigError(
-                f"classes: {self.classes!r} is no list of classes; expected different names with commas between them; use for"
-                " example cat,dog"
-            )
-        return names
+        return different_names("classes", self.classes, of="classes", example="cat,dog")
 
     def pixel_shape(self) -> tuple[int, ...]:
         """Returns height, width, channels of bare pixels; nothing where the images say it themselves.

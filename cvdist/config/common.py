@@ -28,6 +28,26 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         )
 
 
+def different_names(setting: str, text: str, *, of: str, example: str) -> tuple[str, ...]:
+    """Returns the names that the comma-separated `text` of a setting lists.
+
+    Args:
+        setting: Its name, for the message.
+        text: Its value.
+        of: What it is a list of.
+        example: A value that is one.
+
+    Raises:
+        ConfigError: A name is empty or there twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise ConfigError(
+            f"{setting}: {text!r} is no list of {of}; expected different names with commas between them; use for example {example}"
+        )
+    return names
+
+
 def split_shares(text: str) -> dict[str, float]:
     """Returns the shares of name=share pairs by canonical split name.
 

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from cvdist import storage
-from cvdist.config import PrepareConfig, canonical_split
-from cvdist.errors import ConfigError, DataError
+from cvdist.config import PrepareConfig, canonical_split, different_names
+from cvdist.errors import DataError
 from cvdist.sources.rows import SPLIT_FOLDERS, Columns, Value
 
 log = logging.getLogger("cvdist.sources")
@@ -27,13 +27,7 @@ def label_columns(config: PrepareConfig) -> tuple[str, ...]:
     """
     if config.label_columns is None:
         return ()
-    names = tuple(name.strip() for name in config.label_columns.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise ConfigError(
-            f"label_columns: {config.label_columns!r} is no list of columns; expected different names with commas between them;"
-            " use for example label,age"
-        )
-    return names
+    return different_names("label_columns", config.label_columns, of="columns", example="label,age")
 
 
 def choose(url: str, names: Sequence[str], image: str, others: Sequence[str], config: PrepareConfig) -> Columns:

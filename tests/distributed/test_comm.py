@@ -16,6 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.distributed.worlds import World
+
 RunRanks = Callable[..., Any]
 
 
@@ -26,25 +28,6 @@ def gradients_of(rank: int) -> list[np.ndarray[Any, Any]]:
     table = np.zeros((4, 3), np.float32)
     table[1:3] = draw.normal(size=(2, 3))
     return [*dense, np.zeros(2, np.float32), table]
-
-
-class World:
-    """The outcome of comm_checks.py in a world of one size."""
-
-    def __init__(self, outcome: Any, size: int) -> None:
-        assert outcome.returncode == 0, outcome.output
-        self.size, self.folder, self.output, self.ranks = size, outcome.folder, outcome.output, outcome.results()
-        assert len(self.ranks) == size
-
-    def each(self, name: str) -> list[Any]:
-        """Returns one result of every rank."""
-        return [rank[name] for rank in self.ranks]
-
-    def same(self, name: str) -> Any:
-        """Returns a result that must be the same on every rank."""
-        first, *others = self.each(name)
-        assert all(other == first for other in others), f"{name} differs between ranks"
-        return first
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=["1-rank", "2-ranks", "3-ranks"])

@@ -14,30 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.worlds import World
 from tests.made_data import class_tree, data_set
 
 RunRanks = Callable[..., Any]
 
 FITS = ["fit", "fit_accumulated", "fit_two_at_once", "fit_fp16", "fit_bf16"]
-
-
-class World:
-    """The outcome of keras_checks.py in a world of one size."""
-
-    def __init__(self, outcome: Any, size: int) -> None:
-        assert outcome.returncode == 0, outcome.output
-        self.size, self.folder, self.ranks = size, outcome.folder, outcome.results()
-        assert len(self.ranks) == size
-
-    def each(self, name: str) -> list[Any]:
-        """Returns one result of every rank."""
-        return [rank[name] for rank in self.ranks]
-
-    def same(self, name: str) -> Any:
-        """Returns a result that must be the same on every rank."""
-        first, *others = self.each(name)
-        assert all(other == first for other in others), f"{name} differs between ranks"
-        return first
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from cvdist.errors import CvdistError, DataError, StorageError
 from cvdist.loader import Batch, Loader
 from cvdist.shards import Manifest, Shard, read_manifest
 from tests.faults import loader_flips
+from tests.faults.mending import mend
 from tests.made_data import class_tree, data_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,11 +125,7 @@ def undisturbed(data_url: str) -> list[str]:
 def fragile(breakable: LocalHdfs, data_url: str, undisturbed: list[str]) -> Iterator[LocalHdfs]:
     """An HDFS that a test may break; it is whole again for the next one."""
     yield breakable
-    for name in breakable.names:
-        breakable.thaw(name)
-        if name not in breakable.running():
-            breakable.restart(name)
-    breakable.wait_live(2)
+    mend(breakable)
 
 
 class TestHdfs:

@@ -20,6 +20,7 @@ from cluster.hadoop import HOST
 from cluster.local_hdfs import LocalHdfs
 from cvdist import storage
 from cvdist.errors import StorageError
+from tests.faults.mending import mend
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
@@ -46,11 +47,7 @@ def breakable(private_hdfs: Callable[..., LocalHdfs]) -> LocalHdfs:
 def fragile(breakable: LocalHdfs) -> Iterator[LocalHdfs]:
     """An HDFS that a test may break; it is whole again for the next one."""
     yield breakable
-    for name in breakable.names:
-        breakable.thaw(name)
-        if name not in breakable.running():
-            breakable.restart(name)
-    breakable.wait_live(2)
+    mend(breakable)
 
 
 @pytest.fixture
